@@ -1,0 +1,127 @@
+//! Claims: acquiring, releasing, asking.
+
+use pg_claims_core::outcome::{ClaimStatus, Claimed, Refusal, Released};
+use pg_claims_core::text;
+use pgrx::JsonB;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::prelude::*;
+
+use super::{answer, check_may_act_for, reason_or};
+use crate::error::{Result, checked_id};
+use crate::spi::{Db, claim, directive, session};
+
+#[pg_extern(volatile, parallel_unsafe, security_definer)]
+#[search_path(pg_catalog, pg_temp)]
+fn claim_sd(
+    p_sd_id: Option<&str>,
+    p_session_id: Option<&str>,
+    p_track: default!(Option<&str>, "NULL"),
+) -> Result<JsonB, ErrorReport> {
+    let sd_id = checked_id("p_sd_id", p_sd_id)?;
+    let session_id = checked_id("p_session_id", p_session_id)?;
+    Ok(Db::connect(|db| answer(acquire(db, sd_id, session_id, p_track)?))?)
+}
+
+#[pg_extern(volatile, parallel_unsafe, security_definer)]
+#[search_path(pg_catalog, pg_temp)]
+fn sd_start(
+    p_sd_id: Option<&str>,
+    p_session_id: Option<&str>,
+    p_track: default!(Option<&str>, "NULL"),
+) -> Result<String, ErrorReport> {
+    let sd_id = checked_id("p_sd_id", p_sd_id)?;
+    let session_id = checked_id("p_session_id", p_session_id)?;
+    Ok(Db::connect(|db| {
+        Ok(match acquire(db, sd_id, session_id, p_track)? {
+            Ok(claimed) => {
+                text::claimed(&claimed, directive::title(db, &claimed.sd_id)?.as_deref())
+            }
+            Err(refusal) => text::refused(&refusal),
+        })
+    })?)
+}
+
+fn acquire(
+    db: &Db<'_>,
+    sd_id: &str,
+    session_id: &str,
+    track: Option<&str>,
+) -> Result<Result<Claimed, Refusal>> {
+    claim::acquire(db, sd_id, session_id, track, |session| check_may_act_for(db, session))
+}
+
+#[pg_extern(volatile, parallel_unsafe, security_definer)]
+#[search_path(pg_catalog, pg_temp)]
+fn release_sd(
+    p_session_id: Option<&str>,
+    p_reason: default!(Option<&str>, "'manual'"),
+    p_claim_id: default!(Option<i64>, "NULL"),
+) -> Result<JsonB, ErrorReport> {
+    let session_id = checked_id("p_session_id", p_session_id)?;
+    let reason = reason_or(p_reason, "manual");
+    Ok(Db::connect(|db| answer(release(db, session_id, reason, p_claim_id)?))?)
+}
+
+/// Ends exactly the acquisition that was named or, without a name, the one that was found: if that
+/// has ended meanwhile, a newer one is left alone.
+fn release(
+    db: &Db<'_>,
+    session_id: &str,
+    reason: &str,
+    named: Option<i64>,
+) -> Result<Result<Released, Refusal>> {
+    let Some(found) = session::find(db, session_id)? else {
+        return Ok(Err(Refusal::SessionNotFound { session_id: session_id.into() }));
+    };
+    check_may_act_for(db, &found)?;
+    let lost = |claim_id| -> Result<Refusal> {
+        let lost = claim::lost(db, claim_id, session_id)?;
+        Ok(Refusal::ClaimLost { session_id: session_id.into(), claim_id, lost })
+    };
+    if let Some(named) = named {
+        if found.claim.as_ref().map(|(_, claim_id)| *claim_id) != Some(named) {
+            return Ok(Err(lost(named)?));
+        }
+    }
+    if found.is_released() {
+        return Ok(Err(Refusal::SessionReleased { session_id: session_id.into() }));
+    }
+    let Some((sd_id, claim_id)) = found.claim else {
+        return Ok(Err(Refusal::NoClaim { session_id: session_id.into() }));
+    };
+    directive::lock(db, vec![sd_id.clone()])?;
+    Ok(match session::let_go(db, session_id, claim_id, reason)? {
+        Some(released_at) => Ok(Released {
+            success: true,
+            session_id: session_id.into(),
+            released_sd: sd_id,
+            claim_id,
+            reason: reason.into(),
+            released_at,
+        }),
+        None => Err(lost(claim_id)?),
+    })
+}
+
+#[pg_extern(volatile, parallel_unsafe, security_definer)]
+#[search_path(pg_catalog, pg_temp)]
+fn is_sd_claimed(
+    p_sd_id: Option<&str>,
+    p_exclude_session_id: default!(Option<&str>, "NULL"),
+) -> Result<JsonB, ErrorReport> {
+    let sd_id = checked_id("p_sd_id", p_sd_id)?;
+    let excluded = match p_exclude_session_id {
+        None => None,
+        given => Some(checked_id("p_exclude_session_id", given)?),
+    };
+    Ok(Db::connect(|db| {
+        let picture = claim::look(db, None, sd_id)?;
+        let status = match picture.owner {
+            Some((owner, stale)) if Some(owner.session_id.as_str()) != excluded => {
+                ClaimStatus::held(owner, stale, picture.at)
+            }
+            _ => ClaimStatus::free(),
+        };
+        answer(Ok(status))
+    })?)
+}

@@ -1,0 +1,47 @@
+//! The functions that SQL sees: thin, one file per noun.
+//!
+//! All run as the extension's owner with a pinned search_path; none is STRICT, so that a NULL is
+//! answered with an error that names the argument.
+
+mod claim;
+pub mod directive;
+mod grant;
+mod heartbeat;
+pub mod lease;
+mod session;
+
+use pg_claims_core::outcome::Refusal;
+use pgrx::JsonB;
+use serde::Serialize;
+
+use crate::error::{ClaimError, Result};
+use crate::identity;
+use crate::spi::Db;
+use crate::spi::grant as privileges;
+use crate::spi::session::Session;
+
+/// An answer or a refusal as JSON.
+fn answer<T: Serialize>(outcome: Result<T, Refusal>) -> Result<JsonB> {
+    Ok(JsonB(match outcome {
+        Ok(done) => serde_json::to_value(done)?,
+        Err(refusal) => serde_json::to_value(refusal)?,
+    }))
+}
+
+/// A session belongs to the role that registered it: that role, or an operator, may act for it.
+fn check_may_act_for(db: &Db<'_>, session: &Session) -> Result<()> {
+    let caller = identity::caller();
+    if caller == session.owner_role || privileges::is_operator(db, &caller)? {
+        return Ok(());
+    }
+    Err(ClaimError::NotSessionOwner {
+        session_id: session.session_id.clone(),
+        owner_role: session.owner_role.clone(),
+        caller,
+    })
+}
+
+/// A reason as it is recorded: free text, so that no reason can make a release fail.
+fn reason_or<'a>(reason: Option<&'a str>, default: &'a str) -> &'a str {
+    reason.filter(|reason| !reason.trim().is_empty()).unwrap_or(default)
+}

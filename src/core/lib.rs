@@ -1,0 +1,11 @@
+//! The rules of pg_claims that need no PostgreSQL.
+//!
+//! What an id may look like, when a lease expires, how an age reads, which JSON a caller gets and
+//! which text a person sees. Everything here compiles and tests without a server; the extension
+//! is glue between these rules and the tables.
+
+pub mod age;
+pub mod id;
+pub mod lease;
+pub mod outcome;
+pub mod text;

@@ -1,0 +1,153 @@
+//! The words that people read.
+
+use crate::age;
+use crate::outcome::{Claimed, Owner, Refusal};
+
+/// What a field reads as when the session never told.
+const UNKNOWN: &str = "unknown";
+
+/// One line that says why a request was refused.
+pub fn message(refusal: &Refusal) -> String {
+    match refusal {
+        Refusal::AlreadyClaimed { sd_id, owner } => format!(
+            "{sd_id} is already claimed by {} (heartbeat {}, on {})",
+            owner.session_id,
+            age::human(owner.heartbeat_age),
+            owner.hostname.as_deref().unwrap_or("an unknown host"),
+        ),
+        Refusal::SessionNotFound { session_id } => {
+            format!("session \"{session_id}\" is not registered")
+        }
+        Refusal::SessionReleased { session_id } => format!("session \"{session_id}\" has ended"),
+        Refusal::SdNotFound { sd_id } => format!("the backlog has no SD \"{sd_id}\""),
+        Refusal::SdTerminalStatus { sd_id, status } => format!("{sd_id} is {status}"),
+        Refusal::NoClaim { session_id } => format!("session \"{session_id}\" holds no SD"),
+        Refusal::ClaimLost { session_id, claim_id, .. } => {
+            format!("claim {claim_id} is not held by session \"{session_id}\"")
+        }
+    }
+}
+
+/// What to do about a refusal.
+pub fn hint(refusal: &Refusal) -> Option<&'static str> {
+    match refusal {
+        Refusal::AlreadyClaimed { .. } => Some(
+            "Work on another SD, or try again: the claim ends by release_sd() or when its session goes stale.",
+        ),
+        Refusal::SessionNotFound { .. } => Some("Call register_session() first."),
+        Refusal::SessionReleased { .. } => {
+            Some("Call register_session() to bring the session back.")
+        }
+        Refusal::SdNotFound { .. } => {
+            Some("See v_directives for the SDs that can be claimed, by their ids.")
+        }
+        Refusal::SdTerminalStatus { .. } => {
+            Some("Set the SD's status back if there is more work to do on it.")
+        }
+        Refusal::NoClaim { .. } => None,
+        Refusal::ClaimLost { .. } => {
+            Some("Stop working under this claim; claim the SD again if it is free.")
+        }
+    }
+}
+
+/// The text that a person sees after a granted claim.
+pub fn claimed(claim: &Claimed, title: Option<&str>) -> String {
+    let mut text = if claim.already_owned {
+        format!("✅ {} is already yours", claim.sd_id)
+    } else {
+        format!("✅ {} is claimed", claim.sd_id)
+    };
+    let mut line = |name: &str, value: &str| {
+        text.push_str("\n   ");
+        text.push_str(name);
+        text.push_str(": ");
+        text.push_str(value);
+    };
+    if let Some(title) = title {
+        line("Title", title);
+    }
+    line("Session", &claim.session_id);
+    line("Claim", &claim.claim_id.to_string());
+    if let Some(track) = &claim.track {
+        line("Track", track);
+    }
+    if let Some(released) = &claim.released_sd {
+        line("Released", released);
+    }
+    if let Some(loser) = &claim.took_over {
+        let loser = format!("{} (heartbeat {})", loser.session_id, loser.heartbeat_age_human);
+        line("Took over from", &loser);
+    }
+    text
+}
+
+/// The text that a person sees after a refusal.
+pub fn refused(refusal: &Refusal) -> String {
+    if let Refusal::AlreadyClaimed { sd_id, owner } = refusal {
+        return already_claimed(sd_id, owner);
+    }
+    let mut text = format!("❌ {}", message(refusal));
+    if let Some(hint) = hint(refusal) {
+        text.push_str("\n   ");
+        text.push_str(hint);
+    }
+    text
+}
+
+fn already_claimed(sd_id: &str, owner: &Owner) -> String {
+    format!(
+        "❌ {sd_id} is already claimed\n   Session: {}\n   Heartbeat: {}\n   Hostname: {}\n   TTY: {}",
+        owner.session_id,
+        age::human(owner.heartbeat_age),
+        owner.hostname.as_deref().unwrap_or(UNKNOWN),
+        owner.tty.as_deref().unwrap_or(UNKNOWN),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::outcome::{TookOver, tests::owner};
+    use chrono::DateTime;
+
+    fn refused_by(owner: Owner) -> String {
+        refused(&Refusal::AlreadyClaimed { sd_id: "SD-LEO-001".into(), owner })
+    }
+
+    #[test]
+    fn the_refusal_reads_to_the_letter() {
+        assert_eq!(
+            refused_by(owner()),
+            "❌ SD-LEO-001 is already claimed\n   Session: session_abc123_tty1_1234\n   Heartbeat: 45s ago\n   Hostname: dev-machine\n   TTY: win-1234"
+        );
+    }
+
+    #[test]
+    fn an_owner_without_host_or_tty_is_still_named() {
+        let silent = Owner { hostname: None, tty: None, ..owner() };
+        assert_eq!(
+            refused_by(silent),
+            "❌ SD-LEO-001 is already claimed\n   Session: session_abc123_tty1_1234\n   Heartbeat: 45s ago\n   Hostname: unknown\n   TTY: unknown"
+        );
+    }
+
+    #[test]
+    fn a_granted_claim_says_what_it_cost_others() {
+        let claim = Claimed {
+            success: true,
+            sd_id: "SD-2".into(),
+            session_id: "s".into(),
+            track: None,
+            claimed_at: DateTime::UNIX_EPOCH,
+            claim_id: 9,
+            already_owned: false,
+            released_sd: Some("SD-1".into()),
+            took_over: Some(TookOver::from(&owner())),
+        };
+        assert_eq!(
+            claimed(&claim, Some("Second")),
+            "✅ SD-2 is claimed\n   Title: Second\n   Session: s\n   Claim: 9\n   Released: SD-1\n   Took over from: session_abc123_tty1_1234 (heartbeat 45s ago)"
+        );
+    }
+}

@@ -1,0 +1,203 @@
+//! Faults: each with its SQLSTATE, DETAIL and HINT, in one place.
+//!
+//! A business outcome (the SD is taken, the session has ended) is not a fault: see
+//! `pg_claims_core::outcome`.
+
+use pg_claims_core::id::IdRule;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::{PgLogLevel, PgSqlErrorCode};
+use thiserror::Error;
+
+/// The result of everything that can fail inside the extension.
+pub type Result<T, E = ClaimError> = std::result::Result<T, E>;
+
+/// What can go wrong.
+#[derive(Debug, Error)]
+pub enum ClaimError {
+    /// An argument breaks a rule.
+    #[error("invalid value for \"{argument}\": {rule}")]
+    InvalidId {
+        /// The argument's name.
+        argument: &'static str,
+        /// The rule that it breaks.
+        rule: IdRule,
+    },
+    /// An argument is not what the function takes.
+    #[error("invalid value for \"{argument}\": {reason}")]
+    InvalidArgument {
+        /// The argument's name.
+        argument: &'static str,
+        /// What is wrong with it.
+        reason: String,
+        /// What to give instead.
+        hint: Option<String>,
+    },
+    /// The session belongs to another role.
+    #[error("permission denied for session \"{session_id}\"")]
+    NotSessionOwner {
+        /// The session.
+        session_id: String,
+        /// The role that registered it.
+        owner_role: String,
+        /// The role that calls.
+        caller: String,
+    },
+    /// The caller may not bind the table.
+    #[error("permission denied for table {table}")]
+    NotTableOwner {
+        /// The table.
+        table: String,
+        /// The role that calls.
+        caller: String,
+    },
+    /// A direct write would leave half a claim or a lie in the mirrors.
+    #[error("{message}")]
+    DirectWrite {
+        /// The error's class.
+        code: PgSqlErrorCode,
+        /// What is wrong.
+        message: String,
+        /// The facts.
+        detail: Option<String>,
+        /// What to do instead.
+        hint: &'static str,
+    },
+    /// The table cannot serve as the backlog.
+    #[error("cannot bind table {table} as the backlog")]
+    CannotBind {
+        /// The error's class.
+        code: PgSqlErrorCode,
+        /// The table.
+        table: String,
+        /// Why not.
+        detail: String,
+        /// What to do.
+        hint: String,
+    },
+    /// Claims are open on SDs that the next backlog does not have.
+    #[error("cannot change the backlog while it has claims")]
+    BacklogInUse {
+        /// Some of the SDs.
+        detail: String,
+    },
+    /// There is nothing to unbind.
+    #[error("no backlog is bound")]
+    NotBound,
+    /// The state kept changing under the caller.
+    #[error("could not settle the claim on \"{sd_id}\"")]
+    Unsettled {
+        /// The SD.
+        sd_id: String,
+    },
+    /// The extension's tables were not found.
+    #[error("extension \"pg_claims\" is not installed in this database")]
+    NotInstalled,
+    /// A column holds what it must never hold.
+    #[error("unexpected NULL or type in {what}")]
+    Corrupt {
+        /// Where.
+        what: &'static str,
+    },
+    /// The server's programming interface failed.
+    #[error("{0}")]
+    Spi(#[from] pgrx::spi::SpiError),
+    /// A trigger's row could not be read or written.
+    #[error("{0}")]
+    Tuple(#[from] pgrx::datum::TryFromDatumError),
+    /// A trigger was called in a way that it was not made for.
+    #[error("{0}")]
+    Trigger(#[from] pgrx::trigger_support::PgTriggerError),
+    /// An answer could not be written as JSON.
+    #[error("{0}")]
+    Json(#[from] serde_json::Error),
+}
+
+impl ClaimError {
+    fn code(&self) -> PgSqlErrorCode {
+        match self {
+            Self::InvalidId { .. } | Self::InvalidArgument { .. } => {
+                PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE
+            }
+            Self::NotSessionOwner { .. } | Self::NotTableOwner { .. } => {
+                PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE
+            }
+            Self::DirectWrite { code, .. } | Self::CannotBind { code, .. } => *code,
+            Self::BacklogInUse { .. } => PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
+            Self::NotBound => PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            Self::Unsettled { .. } => PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            Self::NotInstalled => PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT,
+            Self::Corrupt { .. } => PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
+            Self::Spi(_) | Self::Tuple(_) | Self::Trigger(_) | Self::Json(_) => {
+                PgSqlErrorCode::ERRCODE_INTERNAL_ERROR
+            }
+        }
+    }
+
+    fn detail(&self) -> Option<String> {
+        match self {
+            Self::NotSessionOwner { owner_role, caller, .. } => Some(format!(
+                "The session belongs to role \"{owner_role}\"; the caller is role \"{caller}\"."
+            )),
+            Self::NotTableOwner { caller, .. } => {
+                Some(format!("Role \"{caller}\" does not own the table."))
+            }
+            Self::DirectWrite { detail, .. } => detail.clone(),
+            Self::CannotBind { detail, .. } | Self::BacklogInUse { detail } => Some(detail.clone()),
+            Self::Unsettled { .. } => {
+                Some("The open claims and the sessions that should hold them do not agree.".into())
+            }
+            _ => None,
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::InvalidId { .. } => Some(format!(
+                "Give 1 to {} characters that can be printed.",
+                pg_claims_core::id::MAX_ID_CHARACTERS
+            )),
+            Self::InvalidArgument { hint, .. } => hint.clone(),
+            Self::NotSessionOwner { owner_role, caller, .. } => Some(format!(
+                "Call as \"{owner_role}\", or have a superuser run grant_coordination('{caller}', 'operator')."
+            )),
+            Self::NotTableOwner { .. } => {
+                Some("Call as the table's owner or as a superuser.".into())
+            }
+            Self::DirectWrite { hint, .. } => Some((*hint).into()),
+            Self::CannotBind { hint, .. } => Some(hint.clone()),
+            Self::BacklogInUse { .. } => {
+                Some("Release these claims first, with release_sd().".into())
+            }
+            Self::NotBound => Some("The extension's own strategic_directives_v2 is in use.".into()),
+            Self::Unsettled { .. } => Some(
+                "Compare the open rows of sd_claims with claude_sessions; triggers may have been disabled.".into(),
+            ),
+            Self::NotInstalled => Some("Run CREATE EXTENSION pg_claims.".into()),
+            _ => None,
+        }
+    }
+
+    /// Raises the error; for triggers, which cannot return one that keeps its SQLSTATE.
+    pub fn raise(self) -> ! {
+        ErrorReport::from(self).report(PgLogLevel::ERROR);
+        unreachable!("an ERROR does not return")
+    }
+}
+
+impl From<ClaimError> for ErrorReport {
+    fn from(error: ClaimError) -> Self {
+        let mut report = Self::new(error.code(), error.to_string(), "pg_claims");
+        if let Some(detail) = error.detail() {
+            report = report.set_detail(detail);
+        }
+        if let Some(hint) = error.hint() {
+            report = report.set_hint(hint);
+        }
+        report
+    }
+}
+
+/// Accepts an id argument, or says which argument breaks which rule.
+pub fn checked_id<'a>(argument: &'static str, id: Option<&'a str>) -> Result<&'a str> {
+    pg_claims_core::id::check(id).map_err(|rule| ClaimError::InvalidId { argument, rule })
+}

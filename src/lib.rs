@@ -1,0 +1,52 @@
+//! pg_claims: exclusive claims, leases and heartbeats for sessions that share one backlog.
+//!
+//! `core` (a crate of its own, without PostgreSQL) holds the rules, `spi` all SQL text, `api` the
+//! functions that SQL sees, `trigger` the triggers. `api` and `trigger` call `spi`, `spi` uses
+//! `core`; nothing points back up.
+
+mod api;
+mod error;
+mod guc;
+mod identity;
+mod spi;
+mod trigger;
+
+pgrx::pg_module_magic!(name, version);
+
+pgrx::extension_sql_file!("../sql/install/10_tables.sql", name = "tables", bootstrap);
+pgrx::extension_sql_file!(
+    "../sql/install/30_triggers.sql",
+    name = "triggers",
+    requires = [
+        "tables",
+        trigger::session::complete_session_write,
+        trigger::history::record_claim_history,
+        trigger::history::protect_open_claim,
+        trigger::history::refuse_truncate_while_claimed,
+        trigger::mirror::sync_is_working_on_with_session,
+        trigger::directive::rebuild_directives_view,
+    ]
+);
+pgrx::extension_sql_file!(
+    "../sql/install/40_views.sql",
+    name = "views",
+    requires = [
+        "triggers",
+        api::directive::attach_default_directives,
+        api::lease::lease_expires_at,
+        api::lease::heartbeat_age_human,
+    ]
+);
+pgrx::extension_sql_file!(
+    "../sql/install/80_comments.sql",
+    name = "comments",
+    requires = ["views"]
+);
+pgrx::extension_sql_file!("../sql/install/90_privileges.sql", name = "privileges", finalize);
+
+/// Runs when the library is loaded into a server process.
+#[pgrx::pg_guard]
+pub extern "C-unwind" fn _PG_init() {
+    guc::init();
+    spi::init();
+}

@@ -1,0 +1,149 @@
+//! Where the extension and its backlog are.
+//!
+//! The extension works in any schema and on a backlog of any name, so the text of its statements
+//! depends on both. Each backend reads that once and keeps it until the server says that one of
+//! the tables concerned has changed.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use pgrx::pg_sys;
+
+use super::directive::Backlog;
+use super::row::Row;
+use super::statement::{self, Db, required};
+use crate::error::{ClaimError, Result};
+
+/// Where the extension and its backlog are.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Catalog {
+    /// The extension; another one after it was dropped and created again.
+    pub extension: pg_sys::Oid,
+    /// Its schema, quoted for use in SQL.
+    pub schema: String,
+    /// The claim history, which a change of the backlog locks.
+    pub sd_claims: pg_sys::Oid,
+    /// The extension's own backlog, unless the schema had a table of that name before.
+    pub own_backlog: Option<pg_sys::Oid>,
+    /// The backlog in use.
+    pub backlog: Option<Backlog>,
+    /// The relations whose change makes this wrong.
+    watched: [pg_sys::Oid; 4],
+}
+
+thread_local! {
+    static CURRENT: RefCell<Option<Rc<Catalog>>> = const { RefCell::new(None) };
+    static CHANGED: Cell<bool> = const { Cell::new(true) };
+    /// All invalid while the catalogue is being read: then every change counts.
+    static WATCHED: Cell<[pg_sys::Oid; 4]> = const { Cell::new([pg_sys::Oid::INVALID; 4]) };
+}
+
+/// Asks the server to report changed relations and renamed schemas.
+pub fn watch() {
+    // SAFETY: runs once per process, in _PG_init; the callbacks live as long as the library, which
+    // is never unloaded, and do nothing but set a flag.
+    unsafe {
+        pg_sys::CacheRegisterRelcacheCallback(Some(relation_changed), pg_sys::Datum::null());
+        pg_sys::CacheRegisterSyscacheCallback(
+            pg_sys::SysCacheIdentifier::NAMESPACEOID as i32,
+            Some(schema_changed),
+            pg_sys::Datum::null(),
+        );
+    }
+}
+
+// The server calls these while it processes invalidations, also while a transaction aborts: they
+// must neither allocate nor raise an error.
+extern "C-unwind" fn relation_changed(_: pg_sys::Datum, relation: pg_sys::Oid) {
+    let watched = WATCHED.get();
+    let any = pg_sys::Oid::INVALID;
+    if relation == any || watched[0] == any || watched.contains(&relation) {
+        CHANGED.set(true);
+    }
+}
+
+extern "C-unwind" fn schema_changed(_: pg_sys::Datum, _: i32, _: u32) {
+    CHANGED.set(true);
+}
+
+/// The catalogue, read anew if it has changed.
+pub fn current(db: &Db<'_>) -> Result<Rc<Catalog>> {
+    if !CHANGED.get() {
+        if let Some(current) = CURRENT.with_borrow(Clone::clone) {
+            return Ok(current);
+        }
+    }
+    // Reset first: a change that arrives while reading must not be lost.
+    CHANGED.set(false);
+    WATCHED.set([pg_sys::Oid::INVALID; 4]);
+    match read(db) {
+        Ok(catalog) => Ok(adopt(catalog)),
+        Err(error) => {
+            CHANGED.set(true);
+            Err(error)
+        }
+    }
+}
+
+fn adopt(catalog: Catalog) -> Rc<Catalog> {
+    WATCHED.set(catalog.watched);
+    if let Some(current) = CURRENT.with_borrow(Clone::clone) {
+        if *current == catalog {
+            return current;
+        }
+    }
+    statement::forget_plans();
+    let catalog = Rc::new(catalog);
+    CURRENT.set(Some(Rc::clone(&catalog)));
+    catalog
+}
+
+/// Takes the lock that a change of the backlog excludes, and learns of a change that was waited
+/// for. Held until the transaction ends, as every writer of a table holds its lock.
+pub fn lock_history(db: &Db<'_>) -> Result<()> {
+    let history = db.catalog()?.sd_claims;
+    // SAFETY: locks a relation by its id; waits like any statement and may raise an error, which
+    // unwinds as usual. An id that is gone is locked without harm.
+    unsafe { pg_sys::LockRelationOid(history, pg_sys::RowExclusiveLock as i32) };
+    Ok(())
+}
+
+fn read(db: &Db<'_>) -> Result<Catalog> {
+    const EXTENSION: &str = "
+        SELECT e.oid, pg_catalog.quote_ident(n.nspname),
+               pg_catalog.to_regclass(pg_catalog.format('%I.sd_claims', n.nspname))::oid,
+               pg_catalog.to_regclass(pg_catalog.format('%I.claude_sessions', n.nspname))::oid,
+               pg_catalog.to_regclass(pg_catalog.format('%I.v_directives', n.nspname))::oid,
+               (SELECT c.oid
+                  FROM pg_catalog.pg_class c
+                  JOIN pg_catalog.pg_depend d
+                    ON d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.objid = c.oid
+                   AND d.refclassid = 'pg_catalog.pg_extension'::pg_catalog.regclass
+                   AND d.refobjid = e.oid AND d.deptype = 'e'
+                 WHERE c.relnamespace = n.oid AND c.relname = 'strategic_directives_v2')
+          FROM pg_catalog.pg_extension e
+          JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace
+         WHERE e.extname = 'pg_claims'";
+    let rows = db.run_once(EXTENSION, &[])?;
+    if rows.is_empty() {
+        return Err(ClaimError::NotInstalled);
+    }
+    let row = rows.first();
+    let oid = |position| -> Result<Option<pg_sys::Oid>> { Ok(row.get(position)?) };
+    let extension = required(oid(1)?, "pg_extension")?;
+    let schema = row.required_text(2, "pg_namespace")?;
+    let sd_claims = required(oid(3)?, "sd_claims")?;
+    let sessions = required(oid(4)?, "claude_sessions")?;
+    let view = oid(5)?.unwrap_or(pg_sys::Oid::INVALID);
+    let own_backlog = oid(6)?;
+    let backlog = Backlog::read(db, &schema, own_backlog)?;
+    let bound = backlog.as_ref().map_or(pg_sys::Oid::INVALID, |b| b.table_oid);
+    Ok(Catalog {
+        extension,
+        schema,
+        sd_claims,
+        own_backlog,
+        backlog,
+        watched: [sessions, sd_claims, view, bound],
+    })
+}

@@ -1,0 +1,248 @@
+//! Acquiring an SD.
+//!
+//! Look; if the answer may be yes, lock the SDs concerned and look again on a fresh snapshot; then
+//! write, each write a compare-and-set that fails where the row is no longer as it was seen. A
+//! refusal on the first look has waited for nobody and written nothing.
+//!
+//! Everyone locks in one order: SDs (by id), the acquisition, sessions. A heartbeat locks its
+//! session only, so it waits for a claim's transaction but never for what that waits for.
+
+use chrono::{DateTime, Utc};
+use pg_claims_core::outcome::{Claimed, Owner, Refusal, TookOver};
+use pgrx::pg_sys::BuiltinOid::{INT8OID, TEXTOID, TIMESTAMPTZOID};
+
+use super::Granting;
+use super::history;
+use super::picture::{self, Picture};
+use crate::error::{ClaimError, Result};
+use crate::spi::directive;
+use crate::spi::session::Session;
+use crate::spi::statement::{Db, Statement};
+use crate::spi::time;
+
+/// How often to look again before giving up. Each round means that another transaction has
+/// committed a change to the same SD or session since the last look, so a few suffice; only
+/// tables that contradict each other would go on for ever.
+const ROUNDS: usize = 16;
+
+/// The reason recorded for a stale owner whose SD another session's claim took over.
+const TAKEN_OVER: &str = "taken_over";
+
+/// What a look at the tables allows.
+enum Verdict {
+    Refuse(Refusal),
+    AlreadyHeld { claim_id: i64, sd_id: String, claimed_at: DateTime<Utc>, track: Option<String> },
+    Take { sd_id: String, gives_up: Option<(String, i64)>, stale_owner: Option<Owner> },
+}
+
+/// Gives the SD to the session, or says why not. `may_act_for` checks the caller's right to the
+/// session.
+pub fn acquire(
+    db: &Db<'_>,
+    sd_id: &str,
+    session_id: &str,
+    track: Option<&str>,
+    may_act_for: impl Fn(&Session) -> Result<()>,
+) -> Result<Result<Claimed, Refusal>> {
+    let mut locked: Vec<String> = Vec::new();
+    for _ in 0..ROUNDS {
+        let picture = picture::look(db, Some(session_id), sd_id)?;
+        match judge(picture, sd_id, session_id, &may_act_for)? {
+            Verdict::Refuse(refusal) => return Ok(Err(refusal)),
+            Verdict::AlreadyHeld { claim_id, sd_id, claimed_at, track } => {
+                if touch(db, session_id, claim_id)? {
+                    return Ok(Ok(Claimed {
+                        success: true,
+                        session_id: session_id.to_owned(),
+                        sd_id,
+                        track,
+                        claimed_at,
+                        claim_id,
+                        already_owned: true,
+                        released_sd: None,
+                        took_over: None,
+                    }));
+                }
+            }
+            Verdict::Take { sd_id, gives_up, stale_owner } => {
+                let mut concerned = vec![sd_id.clone()];
+                concerned.extend(gives_up.as_ref().map(|(given_up, _)| given_up.clone()));
+                if !concerned.iter().all(|sd_id| locked.contains(sd_id)) {
+                    directive::lock(db, concerned.clone())?;
+                    locked.extend(concerned);
+                    continue;
+                }
+                let taken = take(db, &sd_id, session_id, track, gives_up, stale_owner)?;
+                if let Some(claimed) = taken {
+                    return Ok(Ok(claimed));
+                }
+            }
+        }
+    }
+    Err(ClaimError::Unsettled { sd_id: sd_id.to_owned() })
+}
+
+fn judge(
+    picture: Picture,
+    asked_for: &str,
+    session_id: &str,
+    may_act_for: &impl Fn(&Session) -> Result<()>,
+) -> Result<Verdict> {
+    let Some(session) = picture.session else {
+        let session_id = session_id.to_owned();
+        return Ok(Verdict::Refuse(Refusal::SessionNotFound { session_id }));
+    };
+    may_act_for(&session)?;
+    if session.is_released() {
+        let session_id = session.session_id;
+        return Ok(Verdict::Refuse(Refusal::SessionReleased { session_id }));
+    }
+    let Some(sd) = picture.sd else {
+        let sd_id = asked_for.to_owned();
+        return Ok(Verdict::Refuse(Refusal::SdNotFound { sd_id }));
+    };
+    if let (Some((held, claim_id)), Some((claimed_at, track))) =
+        (&session.claim, picture.held_since)
+    {
+        if *held == sd.sd_id {
+            let claim_id = *claim_id;
+            return Ok(Verdict::AlreadyHeld { claim_id, sd_id: sd.sd_id, claimed_at, track });
+        }
+    }
+    if sd.is_terminal {
+        let status = sd.status.unwrap_or_default();
+        return Ok(Verdict::Refuse(Refusal::SdTerminalStatus { sd_id: sd.sd_id, status }));
+    }
+    let stale_owner = match picture.owner {
+        Some((owner, false)) => {
+            return Ok(Verdict::Refuse(Refusal::AlreadyClaimed { sd_id: sd.sd_id, owner }));
+        }
+        Some((owner, true)) => Some(owner),
+        None => None,
+    };
+    Ok(Verdict::Take { sd_id: sd.sd_id, gives_up: session.claim, stale_owner })
+}
+
+/// Writes the claim. `None` when something changed since the look, and nothing is left behind.
+fn take(
+    db: &Db<'_>,
+    sd_id: &str,
+    session_id: &str,
+    track: Option<&str>,
+    gives_up: Option<(String, i64)>,
+    stale_owner: Option<Owner>,
+) -> Result<Option<Claimed>> {
+    if let Some(owner) = &stale_owner {
+        if !expire(db, owner, session_id)? {
+            return Ok(None);
+        }
+    }
+    let took_over = stale_owner.as_ref().map(|owner| owner.claim_id);
+    let Some((claim_id, claimed_at)) = history::open(db, sd_id, session_id, track, took_over)?
+    else {
+        return Ok(None);
+    };
+    let held = gives_up.as_ref().map(|(_, claim_id)| *claim_id);
+    if !grant(db, sd_id, session_id, track, claim_id, claimed_at, held)? {
+        history::discard(db, claim_id)?;
+        return Ok(None);
+    }
+    Ok(Some(Claimed {
+        success: true,
+        sd_id: sd_id.to_owned(),
+        session_id: session_id.to_owned(),
+        track: track.map(str::to_owned),
+        claimed_at,
+        claim_id,
+        already_owned: false,
+        released_sd: gives_up.map(|(given_up, _)| given_up),
+        took_over: stale_owner.as_ref().map(TookOver::from),
+    }))
+}
+
+static TOUCH: Statement = Statement::new(
+    |c| {
+        format!(
+            "UPDATE {}.claude_sessions
+                SET heartbeat_at = GREATEST(heartbeat_at, pg_catalog.clock_timestamp())
+              WHERE session_id = $1 AND claim_id = $2
+          RETURNING 1",
+            c.schema
+        )
+    },
+    &[TEXTOID, INT8OID],
+);
+
+/// A claim is a sign of life.
+fn touch(db: &Db<'_>, session_id: &str, claim_id: i64) -> Result<bool> {
+    Ok(db.first_row(&TOUCH, &[session_id.into(), claim_id.into()])?.is_some())
+}
+
+// Waits for a heartbeat that is being written, then compares against the row as that left it: a
+// heartbeat that was committed first wins.
+static EXPIRE: Statement = Statement::new(
+    |c| {
+        format!(
+            "UPDATE {x}.claude_sessions
+                SET sd_id = NULL, claim_id = NULL, claimed_at = NULL, track = NULL,
+                    status = 'idle', lost_claim_id = claim_id, lost_to = $3,
+                    released_at = pg_catalog.clock_timestamp(), release_reason = $4,
+                    updated_at = pg_catalog.clock_timestamp()
+              WHERE session_id = $1 AND claim_id = $2
+                AND {x}.lease_expires_at(heartbeat_at, silent_until)
+                    <= pg_catalog.clock_timestamp()
+          RETURNING 1",
+            x = c.schema
+        )
+    },
+    &[TEXTOID, INT8OID, TEXTOID, TEXTOID],
+);
+
+fn expire(db: &Db<'_>, owner: &Owner, in_favour_of: &str) -> Result<bool> {
+    let arguments = [
+        owner.session_id.as_str().into(),
+        owner.claim_id.into(),
+        in_favour_of.into(),
+        TAKEN_OVER.into(),
+    ];
+    Ok(db.first_row(&EXPIRE, &arguments)?.is_some())
+}
+
+static GRANT: Statement = Statement::new(
+    |c| {
+        format!(
+            "UPDATE {}.claude_sessions
+                SET sd_id = $2, claim_id = $3, claimed_at = $4, track = $5, status = 'active',
+                    heartbeat_at = GREATEST(heartbeat_at, pg_catalog.clock_timestamp()),
+                    lost_claim_id = NULL, lost_to = NULL,
+                    updated_at = pg_catalog.clock_timestamp()
+              WHERE session_id = $1 AND status <> 'released'
+                AND claim_id IS NOT DISTINCT FROM $6
+          RETURNING 1",
+            c.schema
+        )
+    },
+    &[TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, TEXTOID, INT8OID],
+);
+
+/// Gives the open acquisition to its session while that still holds `held` and nothing else.
+fn grant(
+    db: &Db<'_>,
+    sd_id: &str,
+    session_id: &str,
+    track: Option<&str>,
+    claim_id: i64,
+    claimed_at: DateTime<Utc>,
+    held: Option<i64>,
+) -> Result<bool> {
+    let _granting = Granting::new(claim_id);
+    let arguments = [
+        session_id.into(),
+        sd_id.into(),
+        claim_id.into(),
+        time::to_server(claimed_at)?.into(),
+        track.into(),
+        held.into(),
+    ];
+    Ok(db.first_row(&GRANT, &arguments)?.is_some())
+}

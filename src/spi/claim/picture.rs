@@ -1,0 +1,108 @@
+//! What a claim looks at before it decides.
+
+use chrono::{DateTime, Utc};
+use pg_claims_core::age;
+use pg_claims_core::lease::Lease;
+use pg_claims_core::outcome::Owner;
+use pgrx::pg_sys::BuiltinOid::TEXTOID;
+
+use crate::error::Result;
+use crate::guc;
+use crate::spi::directive;
+use crate::spi::row::Row;
+use crate::spi::session::Session;
+use crate::spi::statement::{Db, Statement};
+use crate::spi::time;
+
+/// The session, the SD and the SD's owner at one moment.
+#[derive(Debug)]
+pub struct Picture {
+    /// The session, if it was ever registered.
+    pub session: Option<Session>,
+    /// When the session acquired what it holds, and the track it gave with it.
+    pub held_since: Option<(DateTime<Utc>, Option<String>)>,
+    /// The SD, if the backlog has it.
+    pub sd: Option<Sd>,
+    /// Who holds the SD, and whether that session's lease has expired.
+    pub owner: Option<(Owner, bool)>,
+    /// When the picture was taken.
+    pub at: DateTime<Utc>,
+}
+
+/// An SD.
+#[derive(Debug)]
+pub struct Sd {
+    /// Its canonical id.
+    pub sd_id: String,
+    /// Its status.
+    pub status: Option<String>,
+    /// Whether it is finished.
+    pub is_terminal: bool,
+}
+
+static PICTURE: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT s.session_id, s.status, s.owner_role::text, s.sd_id, s.claim_id,
+                    s.claimed_at, s.track,
+                    d.sd_id, d.status, d.is_terminal,
+                    o.session_id, o.heartbeat_at, o.silent_until, o.hostname, o.tty, o.codebase,
+                    o.track, o.claimed_at, o.claim_id
+               FROM (VALUES (1)) AS one
+               LEFT JOIN {x}.claude_sessions s ON s.session_id = $1
+               LEFT JOIN LATERAL ({resolve}) d ON true
+               LEFT JOIN {x}.claude_sessions o
+                 ON o.sd_id = d.sd_id AND o.sd_id IS NOT NULL AND o.status = 'active'",
+            x = c.schema,
+            resolve = directive::resolve(c.backlog.as_ref(), "$2"),
+        )
+    },
+    &[TEXTOID, TEXTOID],
+);
+
+/// Looks, without waiting for anybody and without writing anything.
+pub fn look(db: &Db<'_>, session_id: Option<&str>, sd_id: &str) -> Result<Picture> {
+    let row = db.run(&PICTURE, &[session_id.into(), sd_id.into()])?.first();
+    let at = time::now();
+    let session = match row.text(1)? {
+        None => None,
+        Some(session_id) => Some(Session {
+            session_id,
+            status: row.required_text(2, "claude_sessions.status")?,
+            owner_role: row.required_text(3, "claude_sessions.owner_role")?,
+            claim: row.text(4)?.zip(row.bigint(5)?),
+        }),
+    };
+    let sd = match row.text(8)? {
+        None => None,
+        Some(sd_id) => Some(Sd { sd_id, status: row.text(9)?, is_terminal: row.flag(10)? }),
+    };
+    let owner = match row.text(11)? {
+        None => None,
+        Some(session_id) => {
+            let lease = Lease {
+                heartbeat_at: row.required_instant(12, "claude_sessions.heartbeat_at")?,
+                silent_until: row.instant(13)?,
+                stale_after: guc::stale_after(),
+            };
+            let owner = Owner {
+                session_id,
+                heartbeat_age: age::age(lease.heartbeat_at, at),
+                hostname: row.text(14)?,
+                tty: row.text(15)?,
+                codebase: row.text(16)?,
+                track: row.text(17)?,
+                claimed_at: row.required_instant(18, "claude_sessions.claimed_at")?,
+                claim_id: row.required_bigint(19, "claude_sessions.claim_id")?,
+            };
+            Some((owner, lease.is_stale(at)))
+        }
+    };
+    Ok(Picture {
+        held_since: row.instant(6)?.map(|at| row.text(7).map(|track| (at, track))).transpose()?,
+        session,
+        sd,
+        owner,
+        at,
+    })
+}

@@ -1,0 +1,206 @@
+//! What a backlog needs around it: the normalised view, and triggers on the table.
+
+use super::Backlog;
+use crate::error::Result;
+use crate::spi::statement::Db;
+
+/// The triggers on a backlog, apart from the schema of their functions. The server fires triggers
+/// in the order of their names: the two that keep the mirror come last among the BEFORE triggers,
+/// so that no trigger of the user's can change the mirror behind them.
+const TRIGGERS: [&str; 5] = [
+    "pg_claims_finished",
+    "pg_claims_deleted",
+    "pg_claims_truncated",
+    "zz_pg_claims_mirror_insert",
+    "zz_pg_claims_mirror_update",
+];
+
+/// (Re)builds `v_directives` for the backlog in use.
+pub fn rebuild_view(db: &Db<'_>) -> Result<()> {
+    let schema = db.catalog()?.schema.clone();
+    let own_backlog = db.catalog()?.own_backlog;
+    // Read afresh: the binding was written by the very statement that this runs for.
+    let body = match Backlog::read(db, &schema, own_backlog)? {
+        Some(backlog) => view_of(&backlog, &schema),
+        None => "SELECT NULL::text AS sd_id, NULL::text AS title, NULL::text AS status,
+                        NULL::text AS priority, NULL::text AS track, NULL::numeric AS rank,
+                        NULL::jsonb AS dependencies, NULL::text AS parent_sd_id,
+                        NULL::timestamptz AS created_at, NULL::boolean AS is_working_on,
+                        NULL::text AS active_session_id, NULL::boolean AS is_terminal
+                  WHERE false"
+            .into(),
+    };
+    db.run_once(&format!("CREATE OR REPLACE VIEW {schema}.v_directives AS {body}"), &[])?;
+    Ok(())
+}
+
+fn view_of(b: &Backlog, schema: &str) -> String {
+    let c = &b.columns;
+    let column = |column: &Option<String>, sql_type: &str| {
+        column.as_ref().map_or_else(
+            || format!("NULL::{sql_type}"),
+            |name| format!("b.{}::{sql_type}", pgrx::spi::quote_identifier(name)),
+        )
+    };
+    let dependencies = c.dependencies.as_ref().map_or_else(
+        || "NULL::jsonb".into(),
+        |name| format!("pg_catalog.to_jsonb(b.{})", pgrx::spi::quote_identifier(name)),
+    );
+    // A time without a zone is UTC, never the reader's local time.
+    let created_at = c.created_at.as_ref().map_or_else(
+        || "NULL::timestamptz".into(),
+        |name| {
+            let name = pgrx::spi::quote_identifier(name);
+            format!(
+                "CASE WHEN pg_catalog.pg_typeof(b.{name}) = 'timestamptz'::pg_catalog.regtype
+                      THEN b.{name}::timestamptz
+                      ELSE b.{name}::timestamp AT TIME ZONE 'UTC' END"
+            )
+        },
+    );
+    // A backlog that lacks a mirror column shows the claims themselves.
+    let holder = format!(
+        "(SELECT s.session_id FROM {schema}.claude_sessions s
+           WHERE s.sd_id = {} AND s.sd_id IS NOT NULL AND s.status = 'active')",
+        b.canonical()
+    );
+    let is_working_on = match &c.is_working_on {
+        Some(_) => format!("COALESCE({}, false)", column(&c.is_working_on, "boolean")),
+        None => format!("{holder} IS NOT NULL"),
+    };
+    let active_session_id = match &c.active_session_id {
+        Some(_) => column(&c.active_session_id, "text"),
+        None => holder,
+    };
+    format!(
+        "SELECT {id} AS sd_id, {title} AS title, {status} AS status, {priority} AS priority,
+                {track} AS track, {rank} AS rank, {dependencies} AS dependencies,
+                {parent} AS parent_sd_id, {created_at} AS created_at,
+                {is_working_on} AS is_working_on, {active_session_id} AS active_session_id,
+                {is_terminal} AS is_terminal
+           FROM {table} b WHERE {id} IS NOT NULL",
+        id = b.canonical(),
+        title = c.text(&c.title),
+        status = b.status(),
+        priority = c.text(&c.priority),
+        track = c.text(&c.track),
+        rank = column(&c.rank, "numeric"),
+        parent = c.text(&c.parent),
+        is_terminal = b.is_terminal(),
+        table = b.table,
+    )
+}
+
+/// Puts the triggers on a backlog.
+pub fn attach_triggers(db: &Db<'_>, backlog: &Backlog, schema: &str) -> Result<()> {
+    let [finished, deleted, truncated, mirror_insert, mirror_update] = TRIGGERS;
+    let table = &backlog.table;
+    let c = &backlog.columns;
+    // WHEN, not a column list: a BEFORE trigger of the user's may change a column that the
+    // statement does not name.
+    let mut watched = vec![(c.canonical("OLD."), c.canonical("NEW."))];
+    if let Some(status) = &c.status {
+        let status = pgrx::spi::quote_identifier(status);
+        watched.push((format!("OLD.{status}"), format!("NEW.{status}")));
+    }
+    let changed = differ(&watched);
+    db.run_once(
+        &format!(
+            "CREATE TRIGGER {finished} AFTER UPDATE ON {table} FOR EACH ROW WHEN ({changed})
+             EXECUTE FUNCTION {schema}.release_finished_directive()"
+        ),
+        &[],
+    )?;
+    db.run_once(
+        &format!(
+            "CREATE TRIGGER {deleted} AFTER DELETE ON {table} FOR EACH ROW
+             EXECUTE FUNCTION {schema}.release_finished_directive()"
+        ),
+        &[],
+    )?;
+    db.run_once(
+        &format!(
+            "CREATE TRIGGER {truncated} AFTER TRUNCATE ON {table} FOR EACH STATEMENT
+             EXECUTE FUNCTION {schema}.release_truncated_directives()"
+        ),
+        &[],
+    )?;
+    let mirrors: Vec<String> = [&c.is_working_on, &c.active_session_id]
+        .into_iter()
+        .flatten()
+        .map(pgrx::spi::quote_identifier)
+        .collect();
+    if mirrors.is_empty() {
+        return Ok(());
+    }
+    let rewritten: Vec<_> =
+        mirrors.iter().map(|m| (format!("OLD.{m}"), format!("NEW.{m}"))).collect();
+    let rewritten = differ(&rewritten);
+    // At depth 0 the write is the user's own; what the extension writes comes from a trigger.
+    db.run_once(
+        &format!(
+            "CREATE TRIGGER {mirror_insert} BEFORE INSERT ON {table} FOR EACH ROW
+             WHEN (pg_catalog.pg_trigger_depth() = 0)
+             EXECUTE FUNCTION {schema}.keep_directive_mirror()"
+        ),
+        &[],
+    )?;
+    db.run_once(
+        &format!(
+            "CREATE TRIGGER {mirror_update} BEFORE UPDATE ON {table} FOR EACH ROW
+             WHEN (pg_catalog.pg_trigger_depth() = 0 AND ({rewritten}))
+             EXECUTE FUNCTION {schema}.keep_directive_mirror()"
+        ),
+        &[],
+    )?;
+    Ok(())
+}
+
+fn differ(pairs: &[(String, String)]) -> String {
+    let differences: Vec<_> =
+        pairs.iter().map(|(old, new)| format!("{old} IS DISTINCT FROM {new}")).collect();
+    differences.join(" OR ")
+}
+
+/// Makes the triggers of a user's table go by themselves when the extension is dropped.
+pub fn tie_triggers_to_extension(db: &Db<'_>, backlog: &Backlog) -> Result<()> {
+    for trigger in triggers_on(db, backlog)? {
+        db.run_once(
+            &format!("ALTER TRIGGER {trigger} ON {} DEPENDS ON EXTENSION pg_claims", backlog.table),
+            &[],
+        )?;
+    }
+    Ok(())
+}
+
+/// Takes the triggers off a backlog.
+pub fn detach_triggers(db: &Db<'_>, backlog: &Backlog) -> Result<()> {
+    for trigger in triggers_on(db, backlog)? {
+        db.run_once(&format!("DROP TRIGGER {trigger} ON {}", backlog.table), &[])?;
+    }
+    Ok(())
+}
+
+fn triggers_on(db: &Db<'_>, backlog: &Backlog) -> Result<Vec<String>> {
+    let names: Vec<String> = TRIGGERS.map(String::from).into();
+    let rows = db.run_once(
+        "SELECT tgname::text FROM pg_catalog.pg_trigger
+          WHERE tgrelid = $1 AND NOT tgisinternal AND tgname = ANY ($2) ORDER BY tgname",
+        &[backlog.table_oid.into(), names.into()],
+    )?;
+    let mut found = Vec::new();
+    for row in rows {
+        found.extend(row.get::<String>(1)?);
+    }
+    Ok(found)
+}
+
+/// At installation: the view, and the triggers on the extension's own backlog.
+pub fn attach_own(db: &Db<'_>) -> Result<()> {
+    rebuild_view(db)?;
+    let catalog = db.catalog()?;
+    if let Some(backlog) = &catalog.backlog {
+        attach_triggers(db, backlog, &catalog.schema)?;
+    }
+    Ok(())
+}

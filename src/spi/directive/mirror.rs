@@ -1,0 +1,92 @@
+//! Keeping the backlog's `is_working_on` and `active_session_id`.
+
+use pgrx::pg_sys::BuiltinOid::{TEXTARRAYOID, TEXTOID};
+
+use super::Backlog;
+use crate::error::Result;
+use crate::identity::ActingAs;
+use crate::spi::catalog::{self, Catalog};
+use crate::spi::row::Row;
+use crate::spi::statement::{Db, Statement};
+
+/// Locks SDs against a concurrent claim, release, completion or deletion, in the order of their
+/// ids so that two callers with the same SDs cannot wait for each other.
+static LOCK: Statement = Statement::new(
+    |catalog| {
+        over_backlog(catalog, "SELECT 1 WHERE $1 IS NULL", |b| {
+            format!(
+                "SELECT {id} FROM {table} b WHERE {id} = ANY ($1) ORDER BY {id} FOR NO KEY UPDATE OF b",
+                id = b.canonical(),
+                table = b.table,
+            )
+        })
+    },
+    &[TEXTARRAYOID],
+);
+
+/// Writes who works on an SD ($2 NULL: nobody), where that is not what the row says already.
+static SYNC: Statement = Statement::new(
+    |catalog| {
+        const NOTHING: &str = "SELECT 1 WHERE $1 IS NULL AND $2 IS NULL";
+        over_backlog(catalog, NOTHING, |b| {
+            let mut set = Vec::new();
+            if let Some(column) = &b.columns.is_working_on {
+                set.push((pgrx::spi::quote_identifier(column), "($2 IS NOT NULL)"));
+            }
+            if let Some(column) = &b.columns.active_session_id {
+                set.push((pgrx::spi::quote_identifier(column), "$2"));
+            }
+            if set.is_empty() {
+                return NOTHING.into();
+            }
+            let assignments: Vec<_> = set.iter().map(|(c, v)| format!("{c} = {v}")).collect();
+            let differences: Vec<_> =
+                set.iter().map(|(c, v)| format!("b.{c} IS DISTINCT FROM {v}")).collect();
+            format!(
+                "UPDATE {} b SET {} WHERE {} = $1 AND ({})",
+                b.table,
+                assignments.join(", "),
+                b.canonical(),
+                differences.join(" OR "),
+            )
+        })
+    },
+    &[TEXTOID, TEXTOID],
+);
+
+fn over_backlog(catalog: &Catalog, nothing: &str, text: impl FnOnce(&Backlog) -> String) -> String {
+    catalog.backlog.as_ref().map_or_else(|| nothing.into(), text)
+}
+
+/// Locks the SDs `sd_ids` until the transaction ends, and waits for whoever is writing them now.
+pub fn lock(db: &Db<'_>, sd_ids: Vec<String>) -> Result<()> {
+    catalog::lock_history(db)?;
+    let _acting = acting_as_owner(db)?;
+    db.run(&LOCK, &[sd_ids.into()])?;
+    Ok(())
+}
+
+/// Makes the backlog say that `session_id` works on the SD, or nobody.
+pub fn sync(db: &Db<'_>, sd_id: &str, session_id: Option<&str>) -> Result<()> {
+    let _acting = acting_as_owner(db)?;
+    db.run(&SYNC, &[sd_id.into(), session_id.into()])?;
+    Ok(())
+}
+
+fn acting_as_owner(db: &Db<'_>) -> Result<Option<ActingAs>> {
+    let catalog = db.catalog()?;
+    Ok(catalog.backlog.as_ref().map(|backlog| ActingAs::table_owner(backlog.owner)))
+}
+
+static TITLE: Statement = Statement::new(
+    |c| format!("SELECT title FROM {}.v_directives WHERE sd_id = $1", c.schema),
+    &[TEXTOID],
+);
+
+/// An SD's title.
+pub fn title(db: &Db<'_>, sd_id: &str) -> Result<Option<String>> {
+    match db.first_row(&TITLE, &[sd_id.into()])? {
+        Some(row) => row.text(1),
+        None => Ok(None),
+    }
+}

@@ -1,0 +1,12 @@
+//! The backlog: the extension's own table or one of the user's.
+
+mod attach;
+mod backlog;
+mod bind;
+mod columns;
+mod mirror;
+
+pub use attach::{attach_own, rebuild_view};
+pub use backlog::{Backlog, resolve};
+pub use bind::{Request, bind, unbind};
+pub use mirror::{lock, sync, title};

@@ -1,0 +1,119 @@
+//! Who may do what: privileges on the extension's objects.
+
+use pgrx::pg_sys::BuiltinOid::TEXTOID;
+
+use super::row::Row;
+use super::statement::{Db, Statement};
+use crate::error::{ClaimError, Result};
+
+/// How much of the coordination a role may do; each level includes those before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    /// Nothing: takes back what was granted.
+    None,
+    /// See sessions, backlog and claims.
+    Viewer,
+    /// Register sessions of its own and claim, beat and release for them.
+    Worker,
+    /// Act for every session, read the tables, bind a backlog.
+    Operator,
+}
+
+impl Level {
+    /// The level of that name.
+    pub fn named(name: &str) -> Option<Self> {
+        match name {
+            "none" => Some(Self::None),
+            "viewer" => Some(Self::Viewer),
+            "worker" => Some(Self::Worker),
+            "operator" => Some(Self::Operator),
+            _ => None,
+        }
+    }
+}
+
+/// The views and tables that each level may read.
+const RELATIONS: &[(Level, &[&str])] = &[
+    (Level::Viewer, &["v_active_sessions", "v_directives"]),
+    (
+        Level::Operator,
+        &["claude_sessions", "sd_claims", "session_lifecycle_events", "directive_binding"],
+    ),
+];
+
+/// The functions that each level may call. The lease functions stand behind v_active_sessions,
+/// whose reader the server asks for the privilege.
+const FUNCTIONS: &[(Level, &[&str])] = &[
+    (Level::Viewer, &["is_sd_claimed", "lease_expires_at", "heartbeat_age_human"]),
+    (
+        Level::Worker,
+        &[
+            "register_session",
+            "end_session",
+            "claim_sd",
+            "release_sd",
+            "sd_start",
+            "update_session_heartbeat",
+        ],
+    ),
+    (Level::Operator, &["bind_directives", "unbind_directives"]),
+];
+
+/// Gives `role` exactly `level`.
+pub fn set_level(db: &Db<'_>, role: &str, level: Level) -> Result<()> {
+    let schema = db.catalog()?.schema.clone();
+    let role = quoted_role(db, role)?;
+    let change = |privilege: &str, kind: &str, object: &str, granted: bool| -> Result<()> {
+        let (verb, to) = if granted { ("GRANT", "TO") } else { ("REVOKE", "FROM") };
+        db.run_once(&format!("{verb} {privilege} ON {kind} {object} {to} {role}"), &[])?;
+        Ok(())
+    };
+    // The schema is left usable on 'none': it may be public, or hold more than this extension.
+    if level > Level::None {
+        change("USAGE", "SCHEMA", &schema, true)?;
+    }
+    for (needed, relations) in RELATIONS {
+        for relation in *relations {
+            change("SELECT", "TABLE", &format!("{schema}.{relation}"), level >= *needed)?;
+        }
+    }
+    for (needed, functions) in FUNCTIONS {
+        for function in *functions {
+            // No function of the extension's is overloaded, so the name says it all.
+            change("EXECUTE", "FUNCTION", &format!("{schema}.{function}"), level >= *needed)?;
+        }
+    }
+    Ok(())
+}
+
+fn quoted_role(db: &Db<'_>, role: &str) -> Result<String> {
+    let rows = db.run_once(
+        "SELECT pg_catalog.quote_ident(rolname) FROM pg_catalog.pg_roles WHERE rolname = $1::name",
+        &[role.into()],
+    )?;
+    if rows.is_empty() {
+        return Err(ClaimError::InvalidArgument {
+            argument: "p_role",
+            reason: format!("role \"{role}\" does not exist"),
+            hint: Some("Create it with CREATE ROLE first.".into()),
+        });
+    }
+    rows.first().required_text(1, "pg_roles.rolname")
+}
+
+// unbind_directives() stands for the operator's level: it takes no argument that could change and
+// no other level ever includes it.
+static IS_OPERATOR: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT pg_catalog.has_function_privilege($1::name, '{}.unbind_directives()', 'EXECUTE')",
+            c.schema.replace('\'', "''")
+        )
+    },
+    &[TEXTOID],
+);
+
+/// Whether `role` may act for every session. Superusers may.
+pub fn is_operator(db: &Db<'_>, role: &str) -> Result<bool> {
+    db.run(&IS_OPERATOR, &[role.into()])?.first().flag(1)
+}

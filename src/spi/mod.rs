@@ -1,0 +1,21 @@
+//! The only place with SQL text: kept plans and typed rows.
+//!
+//! Every statement runs on a plan that the backend keeps, with a fresh snapshot (in READ
+//! COMMITTED), and names its tables with the schema that the extension is installed in.
+
+pub mod catalog;
+pub mod claim;
+pub mod directive;
+pub mod event;
+pub mod grant;
+pub mod row;
+pub mod session;
+mod statement;
+pub mod time;
+
+pub use statement::Db;
+
+/// Prepares the process: watches for changes that make kept plans wrong.
+pub fn init() {
+    catalog::watch();
+}

@@ -1,0 +1,276 @@
+//! Sessions: reading, registering, beating, letting go of an SD, ending.
+
+use chrono::{DateTime, Utc};
+use pg_claims_core::outcome::{Beat, SessionState};
+use pgrx::JsonB;
+use pgrx::pg_sys::BuiltinOid::{BOOLOID, INT4OID, INT8OID, JSONBOID, TEXTOID};
+use pgrx::spi::SpiTupleTable;
+
+use super::row::Row;
+use super::statement::{Db, Statement, required};
+use crate::error::Result;
+
+/// What a decision about a session needs to know of it.
+#[derive(Debug, Clone)]
+pub struct Session {
+    pub session_id: String,
+    pub status: String,
+    pub owner_role: String,
+    /// The SD it holds and the fencing token of that acquisition.
+    pub claim: Option<(String, i64)>,
+}
+
+impl Session {
+    /// Whether the session has ended.
+    pub fn is_released(&self) -> bool {
+        self.status == "released"
+    }
+}
+
+static FIND: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT session_id, status, owner_role::text, sd_id, claim_id
+               FROM {}.claude_sessions WHERE session_id = $1",
+            c.schema
+        )
+    },
+    &[TEXTOID],
+);
+
+/// The session, if it was ever registered.
+pub fn find(db: &Db<'_>, session_id: &str) -> Result<Option<Session>> {
+    db.first_row(&FIND, &[session_id.into()])?.map(|row| read_session(&row)).transpose()
+}
+
+fn read_session(row: &SpiTupleTable<'_>) -> Result<Session> {
+    Ok(Session {
+        session_id: row.required_text(1, "claude_sessions.session_id")?,
+        status: row.required_text(2, "claude_sessions.status")?,
+        owner_role: row.required_text(3, "claude_sessions.owner_role")?,
+        claim: row.text(4)?.zip(row.bigint(5)?),
+    })
+}
+
+/// What a session says of itself when it registers.
+#[derive(Debug)]
+pub struct Registration<'a> {
+    pub session_id: &'a str,
+    pub hostname: Option<&'a str>,
+    pub tty: Option<&'a str>,
+    pub pid: Option<i32>,
+    pub codebase: Option<&'a str>,
+    pub metadata: JsonB,
+}
+
+// What a new registration does not mention stays; metadata merges at its top level. The owner's
+// role is compared again in the statement, because the row may have come in between.
+static REGISTER: Statement = Statement::new(
+    |c| {
+        format!(
+            "INSERT INTO {x}.claude_sessions AS s
+                    (session_id, hostname, tty, pid, codebase, metadata, owner_role)
+             VALUES ($1, $2, $3, $4, $5, $6, $7::name)
+             ON CONFLICT (session_id) DO UPDATE
+                SET hostname = COALESCE(EXCLUDED.hostname, s.hostname),
+                    tty = COALESCE(EXCLUDED.tty, s.tty),
+                    pid = COALESCE(EXCLUDED.pid, s.pid),
+                    codebase = COALESCE(EXCLUDED.codebase, s.codebase),
+                    metadata = s.metadata OPERATOR(pg_catalog.||) EXCLUDED.metadata,
+                    status = CASE s.status WHEN 'released' THEN 'idle' ELSE s.status END,
+                    heartbeat_at = GREATEST(s.heartbeat_at, pg_catalog.clock_timestamp()),
+                    updated_at = pg_catalog.clock_timestamp()
+              WHERE s.owner_role = $7 OR $8
+          RETURNING {STATE}",
+            x = c.schema
+        )
+    },
+    &[TEXTOID, TEXTOID, TEXTOID, INT4OID, TEXTOID, JSONBOID, TEXTOID, BOOLOID],
+);
+
+const STATE: &str = "session_id, status, sd_id, claim_id, hostname, tty, pid, codebase, metadata,
+                     heartbeat_at, created_at";
+
+fn read_state(row: &SpiTupleTable<'_>) -> Result<SessionState> {
+    Ok(SessionState {
+        success: true,
+        session_id: row.required_text(1, "claude_sessions.session_id")?,
+        status: row.required_text(2, "claude_sessions.status")?,
+        sd_id: row.text(3)?,
+        claim_id: row.bigint(4)?,
+        hostname: row.text(5)?,
+        tty: row.text(6)?,
+        pid: row.get(7)?,
+        codebase: row.text(8)?,
+        metadata: required(row.get::<JsonB>(9)?, "claude_sessions.metadata")?.0,
+        heartbeat_at: row.required_instant(10, "claude_sessions.heartbeat_at")?,
+        created_at: row.required_instant(11, "claude_sessions.created_at")?,
+        resumed: None,
+        released_sd: None,
+    })
+}
+
+/// Registers the session, or refreshes it. `None` when it belongs to another role than
+/// `owner_role` and the caller is not `privileged`.
+pub fn register(
+    db: &Db<'_>,
+    session: Registration<'_>,
+    owner_role: &str,
+    privileged: bool,
+) -> Result<Option<SessionState>> {
+    db.first_row(
+        &REGISTER,
+        &[
+            session.session_id.into(),
+            session.hostname.into(),
+            session.tty.into(),
+            session.pid.into(),
+            session.codebase.into(),
+            session.metadata.into(),
+            owner_role.into(),
+            privileged.into(),
+        ],
+    )?
+    .map(|row| read_state(&row))
+    .transpose()
+}
+
+static BEAT: Statement = Statement::new(
+    |c| {
+        format!(
+            "UPDATE {}.claude_sessions
+                SET heartbeat_at = GREATEST(heartbeat_at, pg_catalog.clock_timestamp())
+              WHERE session_id = $1 AND status <> 'released'
+                AND owner_role = $2 AND ($3 IS NULL OR claim_id = $3)
+          RETURNING heartbeat_at, sd_id, claim_id, lost_claim_id",
+            c.schema
+        )
+    },
+    &[TEXTOID, TEXTOID, INT8OID],
+);
+
+/// Records a sign of life: never backwards, on the database's clock. With a claim id only while
+/// exactly that acquisition is held. `None` when there is no such session of `owner_role`, it has
+/// ended, or it does not hold the claim. The second value is the claim that the session lost.
+pub fn beat(
+    db: &Db<'_>,
+    session_id: &str,
+    owner_role: &str,
+    claim_id: Option<i64>,
+) -> Result<Option<(Beat, Option<i64>)>> {
+    let Some(row) =
+        db.first_row(&BEAT, &[session_id.into(), owner_role.into(), claim_id.into()])?
+    else {
+        return Ok(None);
+    };
+    let beat = Beat {
+        success: true,
+        session_id: session_id.to_owned(),
+        heartbeat_at: row.required_instant(1, "claude_sessions.heartbeat_at")?,
+        sd_id: row.text(2)?,
+        claim_id: row.bigint(3)?,
+        lost_claim: None,
+    };
+    Ok(Some((beat, row.bigint(4)?)))
+}
+
+static LET_GO: Statement = Statement::new(
+    |c| {
+        format!(
+            "UPDATE {}.claude_sessions
+                SET sd_id = NULL, claim_id = NULL, claimed_at = NULL, track = NULL,
+                    status = 'idle',
+                    released_at = pg_catalog.clock_timestamp(), release_reason = $3,
+                    updated_at = pg_catalog.clock_timestamp()
+              WHERE session_id = $1 AND claim_id = $2
+          RETURNING released_at",
+            c.schema
+        )
+    },
+    &[TEXTOID, INT8OID, TEXTOID],
+);
+
+/// Ends exactly the acquisition `claim_id`. `None` when the session does not hold it (any more).
+pub fn let_go(
+    db: &Db<'_>,
+    session_id: &str,
+    claim_id: i64,
+    reason: &str,
+) -> Result<Option<DateTime<Utc>>> {
+    db.first_row(&LET_GO, &[session_id.into(), claim_id.into(), reason.into()])?
+        .map(|row| row.required_instant(1, "claude_sessions.released_at"))
+        .transpose()
+}
+
+static END: Statement = Statement::new(
+    |c| {
+        format!(
+            "UPDATE {}.claude_sessions
+                SET sd_id = NULL, claim_id = NULL, claimed_at = NULL, track = NULL,
+                    status = 'released', silent_until = NULL,
+                    released_at = pg_catalog.clock_timestamp(), release_reason = $3,
+                    updated_at = pg_catalog.clock_timestamp()
+              WHERE session_id = $1 AND status <> 'released'
+                AND claim_id IS NOT DISTINCT FROM $2
+          RETURNING {STATE}",
+            c.schema
+        )
+    },
+    &[TEXTOID, INT8OID, TEXTOID],
+);
+
+/// Ends the session while it holds `claim_id` (or nothing). `None` when that has changed.
+pub fn end(
+    db: &Db<'_>,
+    session_id: &str,
+    claim_id: Option<i64>,
+    reason: &str,
+) -> Result<Option<SessionState>> {
+    db.first_row(&END, &[session_id.into(), claim_id.into(), reason.into()])?
+        .map(|row| read_state(&row))
+        .transpose()
+}
+
+static STATE_OF: Statement = Statement::new(
+    |c| format!("SELECT {STATE} FROM {}.claude_sessions WHERE session_id = $1", c.schema),
+    &[TEXTOID],
+);
+
+/// The session as it is.
+pub fn state(db: &Db<'_>, session_id: &str) -> Result<Option<SessionState>> {
+    db.first_row(&STATE_OF, &[session_id.into()])?.map(|row| read_state(&row)).transpose()
+}
+
+static HOLDER: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT session_id, status, owner_role::text, sd_id, claim_id
+               FROM {}.claude_sessions
+              WHERE sd_id = $1 AND sd_id IS NOT NULL AND status = 'active'",
+            c.schema
+        )
+    },
+    &[TEXTOID],
+);
+
+/// The session that holds an SD, live or stale.
+pub fn holder(db: &Db<'_>, sd_id: &str) -> Result<Option<Session>> {
+    db.first_row(&HOLDER, &[sd_id.into()])?.map(|row| read_session(&row)).transpose()
+}
+
+static HOLDERS: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT session_id, status, owner_role::text, sd_id, claim_id
+               FROM {}.claude_sessions
+              WHERE sd_id IS NOT NULL AND status = 'active' ORDER BY sd_id LIMIT 1",
+            c.schema
+        )
+    },
+    &[],
+);
+
+/// One session that holds an SD, if any does.
+pub fn any_holder(db: &Db<'_>) -> Result<Option<Session>> {
+    db.first_row(&HOLDERS, &[])?.map(|row| read_session(&row)).transpose()
+}

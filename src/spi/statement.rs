@@ -1,0 +1,109 @@
+//! Statements whose plans are kept for the life of the backend.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+
+use pgrx::Spi;
+use pgrx::datum::DatumWithOid;
+use pgrx::pg_sys::{BuiltinOid, PgOid};
+use pgrx::spi::{OwnedPreparedStatement, SpiClient, SpiTupleTable};
+
+use super::catalog::{self, Catalog};
+use crate::error::{ClaimError, Result};
+
+/// A statement: its text, which depends on where the extension and its backlog are, and the types
+/// of its parameters.
+pub struct Statement {
+    text: fn(&Catalog) -> String,
+    parameters: &'static [BuiltinOid],
+}
+
+impl Statement {
+    /// Declares a statement.
+    pub const fn new(text: fn(&Catalog) -> String, parameters: &'static [BuiltinOid]) -> Self {
+        Self { text, parameters }
+    }
+}
+
+thread_local! {
+    /// Kept plans by the address of their statement. Plans are never freed: one may be running
+    /// further up the stack when the catalogue changes, and it changes rarely.
+    static PLANS: RefCell<HashMap<usize, &'static OwnedPreparedStatement>> =
+        RefCell::new(HashMap::new());
+}
+
+/// Forgets the kept plans; the next use prepares anew.
+pub(super) fn forget_plans() {
+    PLANS.with_borrow_mut(HashMap::clear);
+}
+
+/// A connection to the server's programming interface.
+pub struct Db<'conn> {
+    client: &'conn SpiClient<'conn>,
+}
+
+impl Db<'_> {
+    /// Connects for the length of `work`: one connection serves a whole call.
+    pub fn connect<R>(work: impl FnOnce(&Db<'_>) -> Result<R>) -> Result<R> {
+        Spi::connect(|client| work(&Db { client }))
+    }
+
+    /// Where the extension and its backlog are, as far as this backend knows by now.
+    pub fn catalog(&self) -> Result<std::rc::Rc<Catalog>> {
+        catalog::current(self)
+    }
+
+    /// Runs a kept statement.
+    pub fn run(
+        &self,
+        statement: &'static Statement,
+        arguments: &[DatumWithOid<'_>],
+    ) -> Result<SpiTupleTable<'_>> {
+        // The catalogue comes first: reading it anew may forget the plans.
+        let catalog = self.catalog()?;
+        let key = std::ptr::from_ref(statement).addr();
+        // The borrow ends before any SQL runs: a trigger may come back here.
+        let kept = PLANS.with_borrow(|plans| plans.get(&key).copied());
+        let plan = match kept {
+            Some(plan) => plan,
+            None => {
+                let parameters: Vec<PgOid> =
+                    statement.parameters.iter().map(|oid| PgOid::BuiltIn(*oid)).collect();
+                let text = (statement.text)(&catalog);
+                let plan: &'static _ = Box::leak(Box::new(
+                    self.client.prepare_mut(text.as_str(), &parameters)?.keep(),
+                ));
+                PLANS.with_borrow_mut(|plans| plans.insert(key, plan));
+                plan
+            }
+        };
+        // `select` on a mutating plan takes a fresh snapshot and assigns no transaction id.
+        Ok(self.client.select(plan, None, arguments)?)
+    }
+
+    /// Runs a kept statement that returns at most one row that matters.
+    pub fn first_row(
+        &self,
+        statement: &'static Statement,
+        arguments: &[DatumWithOid<'_>],
+    ) -> Result<Option<SpiTupleTable<'_>>> {
+        let rows = self.run(statement, arguments)?;
+        Ok((!rows.is_empty()).then(|| rows.first()))
+    }
+
+    /// Runs a statement once, without keeping a plan: reading the catalogue, and definitions.
+    pub fn run_once(
+        &self,
+        text: &str,
+        arguments: &[DatumWithOid<'_>],
+    ) -> Result<SpiTupleTable<'_>> {
+        let types: Vec<PgOid> = arguments.iter().map(|a| PgOid::from(a.oid())).collect();
+        let plan = self.client.prepare_mut(text, &types)?;
+        Ok(self.client.select(&plan, None, arguments)?)
+    }
+}
+
+/// A column that must not be NULL.
+pub fn required<T>(value: Option<T>, what: &'static str) -> Result<T> {
+    value.ok_or(ClaimError::Corrupt { what })
+}

@@ -1,0 +1,42 @@
+//! The server's timestamps as chrono's.
+
+use chrono::{DateTime, Utc};
+use pgrx::datum::TimestampWithTimeZone;
+use pgrx::pg_sys;
+
+use crate::error::{ClaimError, Result};
+
+/// Microseconds from the Unix epoch to the server's, 2000-01-01.
+const SERVER_EPOCH_MICROSECONDS: i64 = 946_684_800_000_000;
+
+/// The present moment, by the database's clock.
+pub fn now() -> DateTime<Utc> {
+    // SAFETY: reads the system clock; no preconditions.
+    from_microseconds(unsafe { pg_sys::GetCurrentTimestamp() })
+}
+
+/// When the caller's transaction began.
+pub fn transaction_start() -> DateTime<Utc> {
+    // SAFETY: reads the transaction state; a function always runs inside a transaction.
+    from_microseconds(unsafe { pg_sys::GetCurrentTransactionStartTimestamp() })
+}
+
+/// A server timestamp; `infinity` and what chrono cannot hold become the ends of its range.
+pub fn from_server(timestamp: TimestampWithTimeZone) -> DateTime<Utc> {
+    from_microseconds(timestamp.into_inner())
+}
+
+/// The same instant for the server.
+pub fn to_server(instant: DateTime<Utc>) -> Result<TimestampWithTimeZone> {
+    let microseconds = instant.timestamp_micros().saturating_sub(SERVER_EPOCH_MICROSECONDS);
+    TimestampWithTimeZone::try_from(microseconds)
+        .map_err(|_| ClaimError::Corrupt { what: "a timestamp" })
+}
+
+fn from_microseconds(microseconds: i64) -> DateTime<Utc> {
+    let end = if microseconds < 0 { DateTime::<Utc>::MIN_UTC } else { DateTime::<Utc>::MAX_UTC };
+    microseconds
+        .checked_add(SERVER_EPOCH_MICROSECONDS)
+        .and_then(DateTime::from_timestamp_micros)
+        .unwrap_or(end)
+}

@@ -1,0 +1,169 @@
+//! The triggers on the backlog, whichever table that is.
+
+use pgrx::PgSqlErrorCode;
+use pgrx::datum::TimestampWithTimeZone;
+use pgrx::prelude::*;
+
+use super::{Row, is_restored, run};
+use crate::error::{ClaimError, Result};
+use crate::spi::directive::{self, Backlog};
+use crate::spi::{Db, session, time};
+
+/// An SD that is finished or deleted is released in the same transaction.
+#[pg_trigger]
+pub fn release_finished_directive<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
+    run(|| {
+        Db::connect(|db| {
+            let catalog = db.catalog()?;
+            let Some(backlog) = &catalog.backlog else {
+                return Ok(());
+            };
+            let Some(sd_id) = canonical_id(backlog, trigger, Side::Old) else {
+                return Ok(());
+            };
+            if trigger.new().is_none() {
+                return release(db, &sd_id, "sd_deleted");
+            }
+            if canonical_id(backlog, trigger, Side::New).as_ref() != Some(&sd_id) {
+                return refuse_rename(db, sd_id);
+            }
+            match finished_status(backlog, trigger) {
+                Some(status) => release(db, &sd_id, &format!("sd_{status}")),
+                None => Ok(()),
+            }
+        })?;
+        Ok(None)
+    })
+}
+
+/// TRUNCATE deletes every SD.
+#[pg_trigger]
+pub fn release_truncated_directives<'a>(_trigger: &'a PgTrigger<'a>) -> Row<'a> {
+    run(|| {
+        Db::connect(|db| {
+            while let Some(holder) = session::any_holder(db)? {
+                if let Some((_, claim_id)) = holder.claim {
+                    session::let_go(db, &holder.session_id, claim_id, "sd_deleted")?;
+                }
+            }
+            Ok(())
+        })?;
+        Ok(None)
+    })
+}
+
+/// is_working_on and active_session_id are derived: whatever is written there by hand, also by a
+/// client that saves whole rows, becomes what the claims say.
+#[pg_trigger]
+pub fn keep_directive_mirror<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
+    run(|| {
+        let Some(new) = trigger.new() else {
+            return Ok(None);
+        };
+        let is_insert = trigger.old().is_none();
+        let mut new = new.into_owned();
+        Db::connect(|db| {
+            let catalog = db.catalog()?;
+            let Some(backlog) = &catalog.backlog else {
+                return Ok(());
+            };
+            // A dump of the extension's own backlog is restored with this trigger in place, and
+            // the claims may come later.
+            if is_insert && Some(backlog.table_oid) == catalog.own_backlog {
+                let created_at = new.get_by_name::<TimestampWithTimeZone>("created_at")?;
+                if created_at.is_some_and(|at| is_restored(time::from_server(at))) {
+                    return Ok(());
+                }
+            }
+            let holder = match canonical_id(backlog, trigger, Side::New) {
+                Some(sd_id) => session::holder(db, &sd_id)?,
+                None => None,
+            };
+            if let Some(column) = &backlog.columns.is_working_on {
+                new.set_by_name(column, holder.is_some())?;
+            }
+            if let Some(column) = &backlog.columns.active_session_id {
+                new.set_by_name(column, holder.map(|session| session.session_id))?;
+            }
+            Ok(())
+        })?;
+        Ok(Some(new))
+    })
+}
+
+/// Whoever writes the binding gets the view that goes with it.
+#[pg_trigger]
+pub fn rebuild_directives_view<'a>(_trigger: &'a PgTrigger<'a>) -> Row<'a> {
+    run(|| {
+        Db::connect(directive::rebuild_view)?;
+        Ok(None)
+    })
+}
+
+/// Which of a trigger's two rows.
+#[derive(Clone, Copy)]
+enum Side {
+    Old,
+    New,
+}
+
+fn canonical_id(backlog: &Backlog, trigger: &PgTrigger<'_>, side: Side) -> Option<String> {
+    backlog.columns.keys.iter().find_map(|key| text_of(trigger, side, key))
+}
+
+/// The new status in its usual spelling, if it is one in which an SD cannot be claimed.
+fn finished_status(backlog: &Backlog, trigger: &PgTrigger<'_>) -> Option<String> {
+    let column = backlog.columns.status.as_ref()?;
+    let status = text_of(trigger, Side::New, column)?.to_lowercase();
+    let terminal = &backlog.columns.terminal_statuses;
+    terminal.iter().any(|terminal| terminal.to_lowercase() == status).then_some(status)
+}
+
+/// A column of any type as text; `None` for NULL and where the table has no such column.
+fn text_of(trigger: &PgTrigger<'_>, side: Side, column: &str) -> Option<String> {
+    let data = trigger.trigger_data();
+    let is_update = trigger.old().is_some() && trigger.new().is_some();
+    let tuple = match side {
+        Side::New if is_update => data.tg_newtuple,
+        Side::New | Side::Old => data.tg_trigtuple,
+    };
+    let column = std::ffi::CString::new(column).ok()?;
+    // SAFETY: in a row trigger the server gives a valid relation and tuples of its row type;
+    // SPI_getvalue returns a palloc'd, null-terminated string, or null for NULL or an unknown
+    // column (SPI_fnumber's error codes are not positive).
+    unsafe {
+        let descriptor = (*data.tg_relation).rd_att;
+        let number = pg_sys::SPI_fnumber(descriptor, column.as_ptr());
+        if number <= 0 {
+            return None;
+        }
+        let value = pg_sys::SPI_getvalue(tuple, descriptor, number);
+        if value.is_null() {
+            return None;
+        }
+        Some(std::ffi::CStr::from_ptr(value).to_string_lossy().into_owned())
+    }
+}
+
+fn release(db: &Db<'_>, sd_id: &str, reason: &str) -> Result<()> {
+    // The SD's row is locked by the statement that fired the trigger, so nobody can claim it; a
+    // further round means that its session was just being released.
+    while let Some(holder) = session::holder(db, sd_id)? {
+        if let Some((_, claim_id)) = holder.claim {
+            session::let_go(db, &holder.session_id, claim_id, reason)?;
+        }
+    }
+    Ok(())
+}
+
+fn refuse_rename(db: &Db<'_>, sd_id: String) -> Result<()> {
+    match session::holder(db, &sd_id)? {
+        None => Ok(()),
+        Some(holder) => Err(ClaimError::DirectWrite {
+            code: PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
+            message: format!("cannot change the key of SD \"{sd_id}\" while it is claimed"),
+            detail: Some(format!("Session \"{}\" holds it.", holder.session_id)),
+            hint: "Release it first, with release_sd().",
+        }),
+    }
+}

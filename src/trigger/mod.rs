@@ -1,0 +1,90 @@
+//! The triggers. They keep everything that is derived from claude_sessions in step with it, for
+//! direct writes as for the functions.
+
+pub mod directive;
+pub mod history;
+pub mod mirror;
+pub mod session;
+
+use pgrx::heap_tuple::PgHeapTuple;
+use pgrx::{AllocatedByRust, PgTrigger, WhoAllocated};
+use std::convert::Infallible;
+
+use crate::error::{ClaimError, Result};
+use chrono::{DateTime, Utc};
+use pgrx::datum::TimestampWithTimeZone;
+
+use crate::spi::time;
+
+/// What a trigger function gives back; errors are raised inside.
+type Row<'a> = Result<Option<PgHeapTuple<'a, AllocatedByRust>>, Infallible>;
+
+/// Runs a trigger's work, raising its error with SQLSTATE, DETAIL and HINT intact.
+fn run<'a>(work: impl FnOnce() -> Result<Option<PgHeapTuple<'a, AllocatedByRust>>>) -> Row<'a> {
+    match work() {
+        Ok(row) => Ok(row),
+        Err(error) => error.raise(),
+    }
+}
+
+/// The columns of a claude_sessions row that the triggers look at.
+#[derive(Debug, Clone, PartialEq)]
+struct SessionRow {
+    session_id: String,
+    sd_id: Option<String>,
+    claim_id: Option<i64>,
+    claimed_at: Option<DateTime<Utc>>,
+    track: Option<String>,
+    status: String,
+    released_at: Option<DateTime<Utc>>,
+    release_reason: Option<String>,
+    lost_claim_id: Option<i64>,
+    lost_to: Option<String>,
+    created_at: DateTime<Utc>,
+}
+
+impl SessionRow {
+    fn read<A: WhoAllocated>(tuple: &PgHeapTuple<'_, A>) -> Result<Self> {
+        let text =
+            |column: &'static str| -> Result<Option<String>> { Ok(tuple.get_by_name(column)?) };
+        let instant = |column: &'static str| -> Result<Option<DateTime<Utc>>> {
+            Ok(tuple.get_by_name::<TimestampWithTimeZone>(column)?.map(time::from_server))
+        };
+        // Before the row is written its NOT NULL constraints have not been checked yet.
+        let not_null = |what: &'static str| move || ClaimError::Corrupt { what };
+        Ok(Self {
+            session_id: text("session_id")?.ok_or_else(not_null("claude_sessions.session_id"))?,
+            sd_id: text("sd_id")?,
+            claim_id: tuple.get_by_name("claim_id")?,
+            claimed_at: instant("claimed_at")?,
+            track: text("track")?,
+            status: text("status")?.ok_or_else(not_null("claude_sessions.status"))?,
+            released_at: instant("released_at")?,
+            release_reason: text("release_reason")?,
+            lost_claim_id: tuple.get_by_name("lost_claim_id")?,
+            lost_to: text("lost_to")?,
+            created_at: instant("created_at")?
+                .ok_or_else(not_null("claude_sessions.created_at"))?,
+        })
+    }
+
+    /// The SD and the acquisition that the row holds.
+    fn claim(&self) -> Option<(&str, i64)> {
+        self.sd_id.as_deref().zip(self.claim_id)
+    }
+}
+
+/// OLD and NEW, as far as the operation has them.
+fn session_rows<'a>(
+    trigger: &'a PgTrigger<'a>,
+) -> Result<(Option<SessionRow>, Option<SessionRow>)> {
+    let old = trigger.old().map(|tuple| SessionRow::read(&tuple)).transpose()?;
+    let new = trigger.new().map(|tuple| SessionRow::read(&tuple)).transpose()?;
+    Ok((old, new))
+}
+
+/// Whether a row that is being inserted was written earlier: then it is being restored from a
+/// dump, which brings what belongs to it along.
+fn is_restored(written_at: DateTime<Utc>) -> bool {
+    written_at < time::transaction_start()
+}

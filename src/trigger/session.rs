@@ -1,0 +1,243 @@
+//! Before a session's row is written: a direct write is made whole, or refused with a reason.
+
+use pg_claims_core::{age, id};
+use pgrx::heap_tuple::PgHeapTuple;
+use pgrx::prelude::*;
+use pgrx::{AllocatedByRust, PgSqlErrorCode};
+
+use super::{Row, SessionRow, is_restored, run};
+use crate::error::{ClaimError, Result};
+use crate::spi::claim::{self, Picture};
+use crate::spi::{Db, directive, time};
+
+/// The reason recorded for a claim that ended by a direct write that gave none.
+const DIRECT_WRITE: &str = "direct_write";
+
+#[pg_trigger]
+pub fn complete_session_write<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
+    run(|| {
+        let old = trigger.old().map(|tuple| SessionRow::read(&tuple)).transpose()?;
+        let Some(tuple) = trigger.new() else {
+            return Ok(None);
+        };
+        let new = SessionRow::read(&tuple)?;
+        let whole = match &old {
+            None => complete_insert(&new)?,
+            Some(old) => complete_update(old, &new)?,
+        };
+        let mut tuple = tuple.into_owned();
+        if let Some(whole) = whole {
+            write(&mut tuple, &whole)?;
+        }
+        Ok(Some(tuple))
+    })
+}
+
+/// The row that is to be written instead, or `None` where it is whole already.
+fn complete_insert(new: &SessionRow) -> Result<Option<SessionRow>> {
+    id::check(Some(&new.session_id))
+        .map_err(|rule| ClaimError::InvalidId { argument: "session_id", rule })?;
+    let Some(sd_id) = &new.sd_id else {
+        return Ok(None);
+    };
+    if new.claim_id.is_some() {
+        if is_restored(new.created_at) {
+            return Ok(None);
+        }
+        return Err(claim_id_is_assigned(new));
+    }
+    if new.status == "released" {
+        return Err(contradiction(new));
+    }
+    open_by_hand(new, sd_id, &[]).map(Some)
+}
+
+fn complete_update(old: &SessionRow, new: &SessionRow) -> Result<Option<SessionRow>> {
+    if new.session_id != old.session_id {
+        return Err(ClaimError::DirectWrite {
+            code: PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
+            message: format!("cannot rename session \"{}\"", old.session_id),
+            detail: Some("The claim history and the audit know it by this id.".into()),
+            hint: "Register a session of the new id and end this one.",
+        });
+    }
+    let mut whole = new.clone();
+    match (&old.sd_id, &new.sd_id) {
+        // A claim that goes on, unless the new status says that the session stops working.
+        (Some(_), Some(sd_id)) if new.sd_id == old.sd_id => {
+            if new.claim_id != old.claim_id || new.claimed_at != old.claimed_at {
+                return Err(claim_id_is_assigned(new));
+            }
+            if new.status == "active" {
+                return Ok(None);
+            }
+            Db::connect(|db| directive::lock(db, vec![sd_id.clone()]))?;
+            let_go(old, &mut whole);
+        }
+        (_, Some(sd_id)) => {
+            if new.claim_id.is_some_and(claim::is_granting) {
+                return Ok(None);
+            }
+            if new.claim_id != old.claim_id {
+                return Err(claim_id_is_assigned(new));
+            }
+            // 'active' is what a claim implies; another status was either left as it is, or set
+            // against the claim.
+            if new.status == "released" || (new.status == "idle" && old.status != "idle") {
+                return Err(contradiction(new));
+            }
+            let given_up: Vec<&str> = old.sd_id.as_deref().into_iter().collect();
+            whole = open_by_hand(new, sd_id, &given_up)?;
+        }
+        (Some(sd_id), None) => {
+            if new.claim_id.is_none()
+                && new.status != "active"
+                && new.released_at != old.released_at
+            {
+                // As the functions write it.
+                return Ok(None);
+            }
+            Db::connect(|db| directive::lock(db, vec![sd_id.clone()]))?;
+            let_go(old, &mut whole);
+        }
+        (None, None) => {
+            if new.claim_id.is_some() || new.claimed_at.is_some() {
+                return Err(claim_id_is_assigned(new));
+            }
+            if new.status == "released"
+                && old.status != "released"
+                && new.released_at == old.released_at
+            {
+                whole.released_at = Some(time::now());
+                whole.release_reason = Some(DIRECT_WRITE.into());
+            }
+        }
+    }
+    Ok((whole != *new).then_some(whole))
+}
+
+/// Takes the claim out of the row and says when and why.
+fn let_go(old: &SessionRow, row: &mut SessionRow) {
+    row.sd_id = None;
+    row.claim_id = None;
+    row.claimed_at = None;
+    row.track = None;
+    if row.status == "active" {
+        row.status = "idle".into();
+    }
+    row.released_at = Some(time::now());
+    if row.release_reason == old.release_reason || row.release_reason.is_none() {
+        row.release_reason = Some(DIRECT_WRITE.into());
+    }
+}
+
+/// Opens an acquisition for a claim that was written by hand.
+fn open_by_hand(row: &SessionRow, sd_id: &str, given_up: &[&str]) -> Result<SessionRow> {
+    Db::connect(|db| {
+        let canonical = match claim::look(db, None, sd_id)?.sd {
+            Some(sd) => sd.sd_id,
+            None => return Err(unknown_sd(sd_id)),
+        };
+        let mut concerned: Vec<String> = given_up.iter().map(|sd| (*sd).to_owned()).collect();
+        concerned.push(canonical.clone());
+        directive::lock(db, concerned)?;
+
+        // Look again: whoever was waited for may have finished or claimed the SD.
+        let picture = claim::look(db, None, &canonical)?;
+        match &picture.sd {
+            None => return Err(unknown_sd(sd_id)),
+            Some(sd) if sd.is_terminal => return Err(finished_sd(&picture, sd_id)),
+            Some(_) => {}
+        }
+        if picture.owner.is_some() {
+            return Err(claimed_by_another(&picture, sd_id));
+        }
+        let opened = claim::open(db, &canonical, &row.session_id, row.track.as_deref(), None)?;
+        let Some((claim_id, claimed_at)) = opened else {
+            return Err(claimed_by_another(&claim::look(db, None, &canonical)?, sd_id));
+        };
+        Ok(SessionRow {
+            sd_id: Some(canonical),
+            claim_id: Some(claim_id),
+            claimed_at: Some(claimed_at),
+            status: "active".into(),
+            lost_claim_id: None,
+            lost_to: None,
+            ..row.clone()
+        })
+    })
+}
+
+fn write(tuple: &mut PgHeapTuple<'_, AllocatedByRust>, row: &SessionRow) -> Result<()> {
+    let instant = |at: Option<_>| at.map(time::to_server).transpose();
+    tuple.set_by_name("sd_id", row.sd_id.clone())?;
+    tuple.set_by_name("claim_id", row.claim_id)?;
+    tuple.set_by_name("claimed_at", instant(row.claimed_at)?)?;
+    tuple.set_by_name("track", row.track.clone())?;
+    tuple.set_by_name("status", row.status.clone())?;
+    tuple.set_by_name("released_at", instant(row.released_at)?)?;
+    tuple.set_by_name("release_reason", row.release_reason.clone())?;
+    tuple.set_by_name("lost_claim_id", row.lost_claim_id)?;
+    tuple.set_by_name("lost_to", row.lost_to.clone())?;
+    tuple.set_by_name("updated_at", time::to_server(time::now())?)?;
+    Ok(())
+}
+
+fn claim_id_is_assigned(row: &SessionRow) -> ClaimError {
+    ClaimError::DirectWrite {
+        code: PgSqlErrorCode::ERRCODE_GENERATED_ALWAYS,
+        message: "claim_id and claimed_at are assigned by the server".into(),
+        detail: Some(format!("The row is that of session \"{}\".", row.session_id)),
+        hint: "Write sd_id alone, or call claim_sd().",
+    }
+}
+
+fn contradiction(row: &SessionRow) -> ClaimError {
+    ClaimError::DirectWrite {
+        code: PgSqlErrorCode::ERRCODE_CHECK_VIOLATION,
+        message: format!(
+            "session \"{}\" cannot hold an SD while it is {}",
+            row.session_id, row.status
+        ),
+        detail: None,
+        hint: "Set status to 'active' together with sd_id, or sd_id to NULL.",
+    }
+}
+
+fn unknown_sd(sd_id: &str) -> ClaimError {
+    ClaimError::DirectWrite {
+        code: PgSqlErrorCode::ERRCODE_FOREIGN_KEY_VIOLATION,
+        message: format!("the backlog has no SD \"{sd_id}\""),
+        detail: None,
+        hint: "See v_directives for the SDs that can be claimed, by their ids.",
+    }
+}
+
+fn finished_sd(picture: &Picture, sd_id: &str) -> ClaimError {
+    let status = picture.sd.as_ref().and_then(|sd| sd.status.clone()).unwrap_or_default();
+    ClaimError::DirectWrite {
+        code: PgSqlErrorCode::ERRCODE_CHECK_VIOLATION,
+        message: format!("SD \"{sd_id}\" is {status}"),
+        detail: None,
+        hint: "Set the SD's status back if there is more work to do on it.",
+    }
+}
+
+fn claimed_by_another(picture: &Picture, sd_id: &str) -> ClaimError {
+    let detail = picture.owner.as_ref().map(|(owner, _)| {
+        format!(
+            "Session \"{}\" holds it, heartbeat {}, hostname {}, tty {}, codebase {}.",
+            owner.session_id,
+            age::human(owner.heartbeat_age),
+            owner.hostname.as_deref().unwrap_or("unknown"),
+            owner.tty.as_deref().unwrap_or("unknown"),
+            owner.codebase.as_deref().unwrap_or("unknown"),
+        )
+    });
+    ClaimError::DirectWrite {
+        code: PgSqlErrorCode::ERRCODE_UNIQUE_VIOLATION,
+        message: format!("SD \"{sd_id}\" is already claimed"),
+        detail,
+        hint: "Release it there first; claim_sd() takes over from a stale session.",
+    }
+}
