@@ -106,8 +106,7 @@ DECLARE
 BEGIN
     SELECT c.oid INTO v_existing
       FROM pg_catalog.pg_class c
-      JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-     WHERE n.nspname = '@extschema@' AND c.relname = 'strategic_directives_v2';
+     WHERE c.relnamespace = '@extschema@'::regnamespace AND c.relname = 'strategic_directives_v2';
     IF v_existing IS NOT NULL THEN
         INSERT INTO pg_catalog.pg_depend
             (classid, objid, objsubid, refclassid, refobjid, refobjsubid, deptype)

@@ -4,7 +4,9 @@ SELECT attach_default_directives();
 DROP FUNCTION attach_default_directives();
 
 -- One row per session that has not ended. observed_at is read once per row, so that all ages of a
--- row agree.
+-- row agree. The two branches exclude each other, and together are all that has not ended because a
+-- session with an SD is active by constraint. So the server finds an SD by the partial index, which
+-- it could not for a mere status <> 'released', and skips the second branch, where it is NULL.
 CREATE VIEW v_active_sessions AS
 SELECT s.id,
        s.session_id,
@@ -42,7 +44,16 @@ SELECT s.id,
   FROM (SELECT c.*,
                lease_expires_at(c.heartbeat_at, c.silent_until) AS stale_at,
                pg_catalog.clock_timestamp() AS observed_at
-          FROM claude_sessions c
-         WHERE c.status <> 'released') s
+          FROM (SELECT id, session_id, sd_id, track, tty, pid, hostname, codebase, claimed_at,
+                       heartbeat_at, status, metadata, created_at, updated_at, claim_id,
+                       silent_until, owner_role
+                  FROM claude_sessions
+                 WHERE sd_id IS NOT NULL AND status = 'active'
+                UNION ALL
+                SELECT id, session_id, NULL::text, track, tty, pid, hostname, codebase, claimed_at,
+                       heartbeat_at, status, metadata, created_at, updated_at, claim_id,
+                       silent_until, owner_role
+                  FROM claude_sessions
+                 WHERE sd_id IS NULL AND status <> 'released') c) s
        -- sd_id is unique in v_directives, so the join cannot fan a session out.
   LEFT JOIN v_directives d ON d.sd_id = s.sd_id;

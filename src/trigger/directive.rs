@@ -6,6 +6,7 @@ use pgrx::prelude::*;
 
 use super::{Row, is_restored, run};
 use crate::error::{ClaimError, Result};
+use crate::spi::catalog::Catalog;
 use crate::spi::directive::{self, Backlog};
 use crate::spi::{Db, session, time};
 
@@ -15,7 +16,7 @@ pub fn release_finished_directive<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
     run(|| {
         Db::connect(|db| {
             let catalog = db.catalog()?;
-            let Some(backlog) = &catalog.backlog else {
+            let Some(backlog) = in_use(&catalog, trigger)? else {
                 return Ok(());
             };
             let Some(sd_id) = canonical_id(backlog, trigger, Side::Old) else {
@@ -38,9 +39,13 @@ pub fn release_finished_directive<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
 
 /// TRUNCATE deletes every SD.
 #[pg_trigger]
-pub fn release_truncated_directives<'a>(_trigger: &'a PgTrigger<'a>) -> Row<'a> {
+pub fn release_truncated_directives<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
     run(|| {
         Db::connect(|db| {
+            let catalog = db.catalog()?;
+            if in_use(&catalog, trigger)?.is_none() {
+                return Ok(());
+            }
             while let Some(holder) = session::any_holder(db)? {
                 if let Some((_, claim_id)) = holder.claim {
                     session::let_go(db, &holder.session_id, claim_id, "sd_deleted")?;
@@ -61,10 +66,13 @@ pub fn keep_directive_mirror<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
             return Ok(None);
         };
         let is_insert = trigger.old().is_none();
+        if directive::is_syncing() {
+            return Ok(Some(new.into_owned()));
+        }
         let mut new = new.into_owned();
         Db::connect(|db| {
             let catalog = db.catalog()?;
-            let Some(backlog) = &catalog.backlog else {
+            let Some(backlog) = in_use(&catalog, trigger)? else {
                 return Ok(());
             };
             // A dump of the extension's own backlog is restored with this trigger in place, and
@@ -98,6 +106,14 @@ pub fn rebuild_directives_view<'a>(_trigger: &'a PgTrigger<'a>) -> Row<'a> {
         Db::connect(directive::rebuild_view)?;
         Ok(None)
     })
+}
+
+/// The backlog, if the trigger's table is the one in use: the extension's own table keeps its
+/// triggers while another one is bound.
+fn in_use<'c>(catalog: &'c Catalog, trigger: &PgTrigger<'_>) -> Result<Option<&'c Backlog>> {
+    let is_own = Some(trigger.relid()?) == catalog.own_backlog;
+    let backlog = catalog.backlog.as_ref();
+    Ok(backlog.filter(|b| !is_own || Some(b.table_oid) == catalog.own_backlog))
 }
 
 /// Which of a trigger's two rows.

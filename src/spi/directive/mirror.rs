@@ -1,5 +1,7 @@
 //! Keeping the backlog's `is_working_on` and `active_session_id`.
 
+use std::cell::Cell;
+
 use pgrx::pg_sys::BuiltinOid::{TEXTARRAYOID, TEXTOID};
 
 use super::Backlog;
@@ -66,8 +68,35 @@ pub fn lock(db: &Db<'_>, sd_ids: Vec<String>) -> Result<()> {
     Ok(())
 }
 
+thread_local! {
+    static SYNCING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether this backend is writing the mirror right now; the trigger that keeps others from doing
+/// so asks.
+pub fn is_syncing() -> bool {
+    SYNCING.get()
+}
+
+/// Lets this backend write the mirror until it is dropped, on an error as well.
+struct Syncing;
+
+impl Syncing {
+    fn new() -> Self {
+        SYNCING.set(true);
+        Self
+    }
+}
+
+impl Drop for Syncing {
+    fn drop(&mut self) {
+        SYNCING.set(false);
+    }
+}
+
 /// Makes the backlog say that `session_id` works on the SD, or nobody.
 pub fn sync(db: &Db<'_>, sd_id: &str, session_id: Option<&str>) -> Result<()> {
+    let _syncing = Syncing::new();
     let _acting = acting_as_owner(db)?;
     db.run(&SYNC, &[sd_id.into(), session_id.into()])?;
     Ok(())

@@ -9,4 +9,4 @@ mod mirror;
 pub use attach::{attach_own, rebuild_view};
 pub use backlog::{Backlog, resolve};
 pub use bind::{Request, bind, unbind};
-pub use mirror::{lock, sync, title};
+pub use mirror::{is_syncing, lock, sync, title};

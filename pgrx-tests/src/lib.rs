@@ -1,0 +1,23 @@
+//! Throw-away PostgreSQL servers and databases, and what tests need to talk to them.
+//!
+//! `cargo xtask` starts servers with [`Server`]; the tests use the one that it names in their
+//! environment through [`TestDb`], or start their own.
+
+mod client;
+mod database;
+mod server;
+mod user;
+
+pub use client::{
+    backend_pid, detail, hint, json, message, sqlstate, wait_until, wait_until_blocked,
+};
+pub use database::TestDb;
+pub use server::{Installation, Server, Stop};
+pub use user::ServerUser;
+
+/// The environment variable that names the shared server's `pg_config`.
+pub const ENV_PG_CONFIG: &str = "PG_CLAIMS_TEST_PG_CONFIG";
+/// The environment variable that names the shared server's socket directory.
+pub const ENV_SOCKET_DIR: &str = "PG_CLAIMS_TEST_SOCKET_DIR";
+/// The environment variable that names a folder in which tests may start servers of their own.
+pub const ENV_WORK_DIR: &str = "PG_CLAIMS_TEST_WORK_DIR";

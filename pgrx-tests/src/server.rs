@@ -1,0 +1,322 @@
+//! A throw-away server on a socket of its own.
+
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::user::ServerUser;
+
+/// The longest path of a Unix socket that every system takes, less the socket's own name.
+const MAX_SOCKET_DIR_BYTES: usize = 80;
+
+/// Names the socket only: the server listens on no network port.
+const PORT: u16 = 5432;
+
+/// An installed PostgreSQL.
+#[derive(Debug, Clone)]
+pub struct Installation {
+    pg_config: PathBuf,
+    bin: PathBuf,
+    user: ServerUser,
+}
+
+impl Installation {
+    /// The PostgreSQL that `pg_config` belongs to.
+    pub fn new(pg_config: &Path) -> Result<Self> {
+        let output = Command::new(pg_config)
+            .arg("--bindir")
+            .output()
+            .with_context(|| format!("could not run {}", pg_config.display()))?;
+        let bin = String::from_utf8(succeeded(output, "pg_config --bindir")?.stdout)?;
+        Ok(Self {
+            pg_config: pg_config.to_owned(),
+            bin: PathBuf::from(bin.trim()),
+            user: ServerUser::choose()?,
+        })
+    }
+
+    /// Its `pg_config`.
+    pub fn pg_config(&self) -> &Path {
+        &self.pg_config
+    }
+
+    /// One of its programs, to be run as the server's user.
+    pub fn program(&self, name: &str) -> Command {
+        self.user.command(self.bin.join(name))
+    }
+}
+
+/// How to stop a server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// Disconnects the clients and writes a checkpoint.
+    Fast,
+    /// Without a checkpoint: the next start recovers.
+    Immediate,
+}
+
+impl Stop {
+    fn mode(self) -> &'static str {
+        match self {
+            Self::Fast => "fast",
+            Self::Immediate => "immediate",
+        }
+    }
+}
+
+/// A throw-away server. Stopped and removed when it is dropped, unless it was [kept](Server::keep).
+#[derive(Debug)]
+pub struct Server {
+    installation: Installation,
+    root: PathBuf,
+    socket_dir: PathBuf,
+    keep: bool,
+}
+
+impl Server {
+    /// Initialises and starts a server in the new folder `root`; `settings` are lines of
+    /// postgresql.conf. What an earlier, killed run left in `root` is stopped and removed.
+    pub fn create(installation: &Installation, root: &Path, settings: &[&str]) -> Result<Self> {
+        let server = Self::at(installation, root)?;
+        server.remove()?;
+        installation.user.create_own_dir(root)?;
+        installation.user.create_own_dir(&server.socket_dir)?;
+        server.initialise(settings)?;
+        server.start()?;
+        Ok(server)
+    }
+
+    /// The server in `root` from an earlier run, if it is running.
+    pub fn running(installation: &Installation, root: &Path) -> Result<Option<Self>> {
+        let mut server = Self::at(installation, root)?;
+        server.keep = true;
+        Ok(server.is_running()?.then_some(server))
+    }
+
+    fn at(installation: &Installation, root: &Path) -> Result<Self> {
+        Ok(Self {
+            installation: installation.clone(),
+            root: root.to_owned(),
+            socket_dir: socket_dir(root),
+            keep: false,
+        })
+    }
+
+    fn initialise(&self, settings: &[&str]) -> Result<()> {
+        let initdb = |locale: &str| {
+            self.installation
+                .program("initdb")
+                .arg("-D")
+                .arg(self.data())
+                .args(["--no-sync", "-U", "postgres", "--auth=trust", "-E", "UTF8"])
+                .arg(format!("--locale={locale}"))
+                .output()
+                .context("could not run initdb")
+        };
+        let mut output = initdb("C.UTF-8")?;
+        if !output.status.success() {
+            output = initdb("C")?;
+        }
+        succeeded(output, "initdb")?;
+        let mut file = OpenOptions::new().append(true).open(self.data().join("postgresql.conf"))?;
+        writeln!(file, "listen_addresses = ''")?;
+        writeln!(file, "unix_socket_directories = '{}'", self.socket_dir.display())?;
+        writeln!(file, "port = {PORT}")?;
+        for setting in settings {
+            writeln!(file, "{setting}")?;
+        }
+        Ok(())
+    }
+
+    /// Starts the server and waits until it accepts connections.
+    pub fn start(&self) -> Result<()> {
+        let log = self.root.join("log");
+        let status = self
+            .installation
+            .program("pg_ctl")
+            .arg("-D")
+            .arg(self.data())
+            .arg("-l")
+            .arg(&log)
+            .args(["-w", "-t", "120", "-s", "start"])
+            // The server must not keep a pipe of ours open.
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .status()
+            .context("could not run pg_ctl")?;
+        if status.success() {
+            return Ok(());
+        }
+        let log = fs::read_to_string(&log).unwrap_or_else(|error| error.to_string());
+        let tail: Vec<_> = log.lines().rev().take(20).collect();
+        let tail: Vec<_> = tail.into_iter().rev().collect();
+        bail!(
+            "the server in {} did not start; its log ends:\n{}",
+            self.root.display(),
+            tail.join("\n")
+        )
+    }
+
+    /// Stops the server and waits until it has gone.
+    pub fn stop(&self, how: Stop) -> Result<()> {
+        let output = self
+            .installation
+            .program("pg_ctl")
+            .arg("-D")
+            .arg(self.data())
+            .args(["-w", "-t", "120", "-s", "-m", how.mode(), "stop"])
+            .output()
+            .context("could not run pg_ctl")?;
+        succeeded(output, "pg_ctl stop")?;
+        Ok(())
+    }
+
+    /// Kills the postmaster with SIGKILL, as a crash would, and waits until it has gone.
+    pub fn crash(&self) -> Result<()> {
+        let Some(pid) = self.pid()? else {
+            bail!("the server in {} is not running", self.root.display());
+        };
+        kill(pid, Signal::SIGKILL)?;
+        crate::wait_until("the killed server to be gone", || kill(pid, None).is_err());
+        Ok(())
+    }
+
+    /// The postmaster's process id, if its data folder says that it runs.
+    fn pid(&self) -> Result<Option<Pid>> {
+        let file = self.data().join("postmaster.pid");
+        match fs::read_to_string(&file) {
+            Ok(text) => {
+                let pid = text.lines().next().unwrap_or_default();
+                let pid = pid.trim().parse().with_context(|| format!("{}", file.display()))?;
+                Ok(Some(Pid::from_raw(pid)))
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error).with_context(|| format!("{}", file.display())),
+        }
+    }
+
+    /// Whether the server runs, as `pg_ctl` sees it.
+    pub fn is_running(&self) -> Result<bool> {
+        if self.pid()?.is_none() {
+            return Ok(false);
+        }
+        let status = self
+            .installation
+            .program("pg_ctl")
+            .arg("-D")
+            .arg(self.data())
+            .arg("status")
+            .stdout(std::process::Stdio::null())
+            .status()
+            .context("could not run pg_ctl")?;
+        Ok(status.success())
+    }
+
+    /// Stops the server if it runs, and removes its folder.
+    fn remove(&self) -> Result<()> {
+        if self.is_running()? {
+            self.stop(Stop::Immediate)?;
+        }
+        for dir in [&self.root, &self.socket_dir] {
+            match fs::remove_dir_all(dir) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(error)
+                        .with_context(|| format!("could not remove {}", dir.display()));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops the server and removes its folder, also if it was kept.
+    pub fn discard(mut self) -> Result<()> {
+        self.keep = true;
+        self.remove()
+    }
+
+    /// Leaves the server running when this value is dropped.
+    pub fn keep(&mut self) {
+        self.keep = true;
+    }
+
+    fn data(&self) -> PathBuf {
+        self.root.join("data")
+    }
+
+    /// The folder of its socket.
+    pub fn socket_dir(&self) -> &Path {
+        &self.socket_dir
+    }
+
+    /// How to connect to one of its databases as its superuser.
+    pub fn config(&self, database: &str) -> postgres::Config {
+        config(&self.socket_dir, database)
+    }
+
+    /// A client program of its own version, set to connect to one of its databases.
+    pub fn client_program(&self, name: &str, database: &str) -> Command {
+        client_program(&self.installation, &self.socket_dir, name, database)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if self.keep {
+            return;
+        }
+        if let Err(error) = self.remove() {
+            eprintln!("could not remove the server in {}: {error:#}", self.root.display());
+        }
+    }
+}
+
+pub(crate) fn config(socket_dir: &Path, database: &str) -> postgres::Config {
+    let mut config = postgres::Config::new();
+    config.host_path(socket_dir).port(PORT).user("postgres").dbname(database);
+    config
+}
+
+pub(crate) fn client_program(
+    installation: &Installation,
+    socket_dir: &Path,
+    name: &str,
+    database: &str,
+) -> Command {
+    let mut command = installation.program(name);
+    command
+        .env("PGHOST", socket_dir)
+        .env("PGPORT", PORT.to_string())
+        .env("PGUSER", "postgres")
+        .env("PGDATABASE", database);
+    command
+}
+
+/// Below `root`, unless the path would be too long for a socket.
+fn socket_dir(root: &Path) -> PathBuf {
+    let below = root.join("socket");
+    if below.as_os_str().len() <= MAX_SOCKET_DIR_BYTES {
+        return below;
+    }
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    let mut hasher = DefaultHasher::new();
+    root.hash(&mut hasher);
+    std::env::temp_dir().join(format!("pg_claims-{:016x}", hasher.finish()))
+}
+
+pub(crate) fn succeeded(output: Output, what: &str) -> Result<Output> {
+    if output.status.success() {
+        return Ok(output);
+    }
+    bail!(
+        "{what} failed ({}):\n{}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    )
+}

@@ -1,0 +1,77 @@
+//! The stricter isolation levels: a race ends in 40001, and reaches the client as such.
+
+use pg_claims_tests::{json, sqlstate};
+
+use crate::support::*;
+
+const LEVELS: [&str; 2] = ["REPEATABLE READ", "SERIALIZABLE"];
+
+#[test]
+fn claims_refusals_switches_and_releases_work_at_every_level() {
+    for level in ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"] {
+        let (_db, mut c) = coordinated();
+        c.batch_execute(&format!("SET default_transaction_isolation = '{level}'")).unwrap();
+        granted(&mut c, "SD-1", "s1");
+        assert_eq!(claim(&mut c, "SD-1", "s2")["claimed_by"], "s1");
+        assert_eq!(claim(&mut c, "SD-2", "s1")["released_sd"], "SD-1");
+        age_heartbeat(&mut c, "s1", "1 hour");
+        assert_eq!(claim(&mut c, "SD-2", "s2")["took_over"]["session_id"], "s1");
+        assert_eq!(release(&mut c, "s2")["success"], true);
+        c.batch_execute("BEGIN").unwrap();
+        granted(&mut c, "SD-3", "s3");
+        assert_eq!(claim(&mut c, "SD-3", "s1")["claimed_by"], "s3");
+        json(&mut c, "SELECT end_session('s3')", &[]);
+        c.batch_execute("COMMIT").unwrap();
+        assert_in_step(&mut c);
+    }
+}
+
+#[test]
+fn a_lost_race_is_a_serialization_failure() {
+    for level in LEVELS {
+        let (db, mut winner) = coordinated();
+        let mut loser = db.connect();
+        loser
+            .batch_execute(&format!("BEGIN ISOLATION LEVEL {level}; SELECT 1 FROM claude_sessions"))
+            .unwrap();
+        granted(&mut winner, "SD-1", "s1");
+        // The loser's snapshot still shows the SD free.
+        let error = loser.query_one("SELECT claim_sd('SD-1', 's2')", &[]).unwrap_err();
+        assert_eq!(sqlstate(&error), "40001", "{level}");
+        loser.batch_execute("ROLLBACK").unwrap();
+        // Tried again, as a client does, it is an answer.
+        assert_eq!(claim(&mut loser, "SD-1", "s2")["claimed_by"], "s1");
+        assert_in_step(&mut winner);
+    }
+}
+
+#[test]
+fn a_takeover_decided_on_an_old_snapshot_is_a_serialization_failure() {
+    for level in LEVELS {
+        let (db, mut owner) = coordinated();
+        let held = granted(&mut owner, "SD-1", "s1");
+        age_heartbeat(&mut owner, "s1", "1 hour");
+        let mut taker = db.connect();
+        taker
+            .batch_execute(&format!("BEGIN ISOLATION LEVEL {level}; SELECT 1 FROM claude_sessions"))
+            .unwrap();
+        beat(&mut owner, "s1");
+        let error = taker.query_one("SELECT claim_sd('SD-1', 's2')", &[]).unwrap_err();
+        assert_eq!(sqlstate(&error), "40001", "{level}");
+        taker.batch_execute("ROLLBACK").unwrap();
+        assert_eq!(beat(&mut owner, "s1")["claim_id"], held);
+        assert_in_step(&mut owner);
+    }
+}
+
+#[test]
+fn a_claim_is_undone_with_its_savepoint() {
+    let (_db, mut c) = coordinated();
+    let held = granted(&mut c, "SD-1", "s1");
+    c.batch_execute("BEGIN; SAVEPOINT a").unwrap();
+    granted(&mut c, "SD-2", "s1");
+    c.batch_execute("ROLLBACK TO a").unwrap();
+    assert_eq!(beat(&mut c, "s1")["claim_id"], held);
+    c.batch_execute("COMMIT").unwrap();
+    assert_in_step(&mut c);
+}

@@ -1,0 +1,244 @@
+//! Who may do what.
+
+use pg_claims_tests::{TestDb, detail, hint, json, message, sqlstate};
+
+use crate::support::*;
+
+/// Every function that a client calls, with arguments that would do something.
+const CALLS: [&str; 10] = [
+    "register_session('x')",
+    "end_session('s1')",
+    "claim_sd('SD-1', 's1')",
+    "sd_start('SD-1', 's1')",
+    "release_sd('s1')",
+    "is_sd_claimed('SD-1')",
+    "update_session_heartbeat('s1')",
+    "grant_coordination('postgres', 'viewer')",
+    "bind_directives('strategic_directives_v2', '{sd_id}')",
+    "unbind_directives()",
+];
+
+const RELATIONS: [&str; 7] = [
+    "claude_sessions",
+    "sd_claims",
+    "session_lifecycle_events",
+    "directive_binding",
+    "strategic_directives_v2",
+    "v_active_sessions",
+    "v_directives",
+];
+
+#[test]
+fn public_has_nothing() {
+    let (db, mut owner) = coordinated();
+    let nobody = db.role("nobody");
+    let mut c = db.connect_as(&nobody);
+    for call in CALLS {
+        let error = c.query(&format!("SELECT {call}"), &[]).unwrap_err();
+        assert_eq!(sqlstate(&error), "42501", "{call}");
+        let function = call.split('(').next().unwrap();
+        assert!(
+            message(&error).contains(function),
+            "says which grant is missing: {}",
+            message(&error)
+        );
+    }
+    for relation in RELATIONS {
+        for statement in ["SELECT FROM", "DELETE FROM", "TRUNCATE"] {
+            // What a view does not offer at all is refused before privileges are looked at.
+            if relation.starts_with("v_") && statement != "SELECT FROM" {
+                continue;
+            }
+            let error = c.batch_execute(&format!("{statement} {relation}")).unwrap_err();
+            assert_eq!(sqlstate(&error), "42501", "{statement} {relation}");
+        }
+    }
+    // Whatever the extension owns, so that nothing new can be forgotten.
+    let open = owner
+        .query(
+            "SELECT pg_describe_object(d.classid, d.objid, 0)
+               FROM pg_depend d JOIN pg_extension e ON e.oid = d.refobjid AND e.extname = 'pg_claims'
+               LEFT JOIN pg_proc p ON d.classid = 'pg_proc'::regclass AND p.oid = d.objid
+               LEFT JOIN pg_class c ON d.classid = 'pg_class'::regclass AND c.oid = d.objid
+              WHERE d.deptype = 'e'
+                AND EXISTS (SELECT FROM aclexplode(coalesce(p.proacl, c.relacl,
+                              acldefault(CASE WHEN p.oid IS NOT NULL THEN 'f' WHEN c.relkind = 'S' THEN 's' ELSE 'r' END::\"char\",
+                                         coalesce(p.proowner, c.relowner)))) a
+                             WHERE a.grantee = 0)",
+            &[],
+        )
+        .unwrap();
+    let open: Vec<String> = open.iter().map(|row| row.get(0)).collect();
+    assert!(open.is_empty(), "PUBLIC can use {open:?}");
+}
+
+#[test]
+fn each_level_opens_what_it_says_and_nothing_more() {
+    let (db, mut owner) = coordinated();
+    let role = db.role("agent");
+    let mut c = db.connect_as(&role);
+    let may = |c: &mut postgres::Client, sql: &str| match c.batch_execute(sql) {
+        Ok(()) => true,
+        Err(error) => {
+            assert_eq!(sqlstate(&error), "42501", "{sql}: {error}");
+            false
+        }
+    };
+    let grant = |owner: &mut postgres::Client, level: &str| {
+        assert_eq!(
+            json(owner, "SELECT grant_coordination($1, $2)", &[&role, &level])["level"],
+            level
+        );
+    };
+    let see =
+        "SELECT * FROM v_active_sessions; SELECT * FROM v_directives; SELECT is_sd_claimed('SD-1')";
+    let work = "SELECT register_session('mine'); SELECT claim_sd('SD-1', 'mine');
+                SELECT sd_start('SD-1', 'mine'); SELECT update_session_heartbeat('mine');
+                SELECT release_sd('mine'); SELECT end_session('mine')";
+    let operate = "SELECT * FROM claude_sessions; SELECT * FROM sd_claims;
+                   SELECT * FROM session_lifecycle_events; SELECT release_sd('s1')";
+    for (level, expected) in [
+        ("viewer", [true, false, false]),
+        ("worker", [true, true, false]),
+        ("operator", [true, true, true]),
+        ("worker", [true, true, false]),
+        ("none", [false, false, false]),
+    ] {
+        grant(&mut owner, level);
+        let found = [see, work, operate].map(|sql| may(&mut c, sql));
+        assert_eq!(found, expected, "{level}");
+        for write in [
+            "UPDATE claude_sessions SET tty = NULL",
+            "DELETE FROM sd_claims",
+            "TRUNCATE session_lifecycle_events",
+            "INSERT INTO strategic_directives_v2 VALUES ('X')",
+            "SELECT grant_coordination('postgres', 'none')",
+        ] {
+            assert!(!may(&mut c, write), "{level} may {write}");
+        }
+    }
+}
+
+fn two_workers(db: &TestDb, owner: &mut postgres::Client) -> (String, String) {
+    let roles = (db.role("alice"), db.role("bob"));
+    for role in [&roles.0, &roles.1] {
+        json(owner, "SELECT grant_coordination($1, 'worker')", &[role]);
+    }
+    roles
+}
+
+#[test]
+fn a_session_belongs_to_the_role_that_registered_it() {
+    let (db, mut owner) = coordinated();
+    let (alice, bob) = two_workers(&db, &mut owner);
+    let mut a = db.connect_as(&alice);
+    let mut b = db.connect_as(&bob);
+    register(&mut a, "hers");
+    granted(&mut a, "SD-1", "hers");
+    for call in [
+        "register_session('hers')",
+        "claim_sd('SD-2', 'hers')",
+        "claim_sd('SD-1', 'hers')",
+        "sd_start('SD-2', 'hers')",
+        "release_sd('hers')",
+        "release_sd('hers', 'x', 0)",
+        "update_session_heartbeat('hers')",
+        "end_session('hers')",
+    ] {
+        let error = b.query(&format!("SELECT {call}"), &[]).unwrap_err();
+        assert_eq!(sqlstate(&error), "42501", "an error, never zero rows: {call}");
+        assert!(detail(&error).contains(&alice), "{}", detail(&error));
+        assert!(hint(&error).contains("grant_coordination"), "{}", hint(&error));
+    }
+    register(&mut b, "his");
+    assert_eq!(claim(&mut b, "SD-1", "his")["claimed_by"], "hers", "refusals cross roles");
+    assert_eq!(beat(&mut a, "hers")["sd_id"], "SD-1");
+    // An operator may act for everybody, and the audit says who did.
+    json(&mut owner, "SELECT grant_coordination($1, 'operator')", &[&bob]);
+    assert_eq!(release(&mut b, "hers")["success"], true);
+    assert_eq!(register(&mut b, "hers")["session_id"], "hers");
+    assert_eq!(beat(&mut a, "hers")["success"], true, "it is still hers");
+    let actor = "SELECT actor FROM session_lifecycle_events WHERE event_type = 'released'";
+    assert_eq!(value(&mut owner, actor), Some(bob));
+    assert_in_step(&mut owner);
+}
+
+#[test]
+fn set_role_counts_as_postgrest_uses_it() {
+    let (db, mut owner) = coordinated();
+    let (alice, bob) = two_workers(&db, &mut owner);
+    let gateway = db.role("authenticator");
+    owner.batch_execute(&format!("GRANT {alice}, {bob} TO {gateway}")).unwrap();
+    let mut c = db.connect_as(&gateway);
+    c.batch_execute(&format!("SET ROLE {alice}")).unwrap();
+    register(&mut c, "hers");
+    c.batch_execute(&format!("SET ROLE {bob}")).unwrap();
+    let error = c.query("SELECT claim_sd('SD-1', 'hers')", &[]).unwrap_err();
+    assert_eq!(sqlstate(&error), "42501");
+    c.batch_execute(&format!("SET ROLE {alice}")).unwrap();
+    granted(&mut c, "SD-1", "hers");
+    let owner_role = "SELECT owner_role FROM claude_sessions WHERE session_id = 'hers'";
+    assert_eq!(value(&mut owner, owner_role), Some(alice));
+}
+
+#[test]
+fn a_backlog_owner_s_code_never_runs_with_the_extension_s_rights() {
+    let (db, mut owner) = coordinated();
+    let tenant = db.role("tenant");
+    json(&mut owner, "SELECT grant_coordination($1, 'operator')", &[&tenant]);
+    owner.batch_execute(&format!("GRANT CREATE ON SCHEMA public TO {tenant}")).unwrap();
+    let mut t = db.connect_as(&tenant);
+    t.batch_execute(
+        "CREATE TABLE theirs (key text PRIMARY KEY, is_working_on boolean, seen_as text);
+         CREATE FUNCTION spy() RETURNS trigger LANGUAGE plpgsql AS
+           $$ BEGIN NEW.seen_as := current_user; RETURN NEW; END $$;
+         CREATE TRIGGER spy BEFORE UPDATE ON theirs FOR EACH ROW EXECUTE FUNCTION spy();
+         INSERT INTO theirs VALUES ('T-1');
+         ALTER TABLE theirs ENABLE ROW LEVEL SECURITY;
+         ALTER TABLE theirs FORCE ROW LEVEL SECURITY;
+         SELECT bind_directives('theirs', '{key}')",
+    )
+    .unwrap();
+    granted(&mut owner, "T-1", "s1");
+    // Although row-level security is forced on the owner, the mirror is written; and the trigger
+    // ran as the table's owner.
+    assert_eq!(
+        value(&mut owner, "SELECT is_working_on || ' ' || seen_as FROM theirs"),
+        Some(format!("true {tenant}"))
+    );
+    assert_in_step(&mut owner);
+}
+
+#[test]
+fn only_the_owner_of_a_table_can_bind_it() {
+    let (db, mut owner) = coordinated();
+    let operator = db.role("operator");
+    json(&mut owner, "SELECT grant_coordination($1, 'operator')", &[&operator]);
+    owner
+        .batch_execute(
+            "CREATE TABLE payroll (key text PRIMARY KEY); GRANT SELECT ON payroll TO public",
+        )
+        .unwrap();
+    let mut c = db.connect_as(&operator);
+    let error = c.query("SELECT bind_directives('payroll', '{key}')", &[]).unwrap_err();
+    assert_eq!(sqlstate(&error), "42501");
+    assert!(hint(&error).contains("owner"));
+}
+
+#[test]
+fn an_application_without_any_grant_can_finish_an_sd_of_its_own_backlog() {
+    let (db, mut owner) = coordinated();
+    let app = db.role("app");
+    owner
+        .batch_execute(&format!(
+            "CREATE TABLE work (key text PRIMARY KEY, status text, is_working_on boolean);
+             INSERT INTO work VALUES ('W-1', 'open');
+             SELECT bind_directives('work', '{{key}}');
+             GRANT SELECT, UPDATE ON work TO {app}"
+        ))
+        .unwrap();
+    granted(&mut owner, "W-1", "s1");
+    db.connect_as(&app).batch_execute("UPDATE work SET status = 'completed'").unwrap();
+    assert_eq!(release(&mut owner, "s1")["error"], "no_claim");
+    assert_in_step(&mut owner);
+}

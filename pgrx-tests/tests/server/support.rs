@@ -1,0 +1,137 @@
+//! What most tests begin with.
+
+use pg_claims_tests::{TestDb, json};
+use postgres::Client;
+use serde_json::Value;
+
+/// A database with the backlog `SD-1` … `SD-9` and the sessions `s1` … `s3`, none of which has told
+/// anything about itself.
+pub fn coordinated() -> (TestDb, Client) {
+    let db = TestDb::new();
+    let mut client = db.connect();
+    backlog(&mut client);
+    for session in ["s1", "s2", "s3"] {
+        register(&mut client, session);
+    }
+    (db, client)
+}
+
+/// SDs `SD-1` … `SD-9` in the extension's own backlog.
+pub fn backlog(client: &mut Client) {
+    client
+        .batch_execute(
+            "INSERT INTO strategic_directives_v2 (sd_id, title)
+             SELECT 'SD-' || n, 'Directive ' || n FROM generate_series(1, 9) n",
+        )
+        .unwrap();
+}
+
+pub fn register(client: &mut Client, session: &str) -> Value {
+    json(client, "SELECT register_session($1)", &[&session])
+}
+
+pub fn claim(client: &mut Client, sd: &str, session: &str) -> Value {
+    json(client, "SELECT claim_sd($1, $2)", &[&sd, &session])
+}
+
+pub fn release(client: &mut Client, session: &str) -> Value {
+    json(client, "SELECT release_sd($1)", &[&session])
+}
+
+pub fn beat(client: &mut Client, session: &str) -> Value {
+    json(client, "SELECT update_session_heartbeat($1)", &[&session])
+}
+
+/// Claims and returns the fencing token.
+pub fn granted(client: &mut Client, sd: &str, session: &str) -> i64 {
+    let answer = claim(client, sd, session);
+    assert_eq!(answer["success"], true, "{answer}");
+    answer["claim_id"].as_i64().unwrap()
+}
+
+/// Makes a session's last heartbeat that much older.
+pub fn age_heartbeat(client: &mut Client, session: &str, by: &str) {
+    let updated = client
+        .execute(
+            "UPDATE claude_sessions SET heartbeat_at = heartbeat_at - $2::text::interval
+              WHERE session_id = $1",
+            &[&session, &by],
+        )
+        .unwrap();
+    assert_eq!(updated, 1);
+}
+
+/// One value as text, NULL as `None`.
+pub fn value(client: &mut Client, sql: &str) -> Option<String> {
+    let row = client.query_one(&format!("SELECT ({sql})::text"), &[]).unwrap();
+    row.get(0)
+}
+
+pub fn count(client: &mut Client, sql: &str) -> i64 {
+    client.query_one(sql, &[]).unwrap().get(0)
+}
+
+/// The audit of a session: event types in order.
+pub fn events(client: &mut Client, session: &str) -> Vec<String> {
+    client
+        .query(
+            "SELECT event_type FROM session_lifecycle_events WHERE session_id = $1 ORDER BY event_id",
+            &[&session],
+        )
+        .unwrap()
+        .iter()
+        .map(|row| row.get(0))
+        .collect()
+}
+
+/// Asserts that sessions, claim history and backlog tell one story, whatever happened before.
+pub fn assert_in_step(client: &mut Client) {
+    let disagreements = client
+        .query(
+            "SELECT 'session without open claim: ' || s.session_id
+               FROM claude_sessions s
+              WHERE s.sd_id IS NOT NULL
+                AND NOT EXISTS (SELECT FROM sd_claims c
+                                 WHERE c.claim_id = s.claim_id AND c.sd_id = s.sd_id
+                                   AND c.session_id = s.session_id AND c.released_at IS NULL)
+             UNION ALL
+             SELECT 'open claim without session: ' || c.claim_id
+               FROM sd_claims c
+              WHERE c.released_at IS NULL
+                AND NOT EXISTS (SELECT FROM claude_sessions s WHERE s.claim_id = c.claim_id)
+             UNION ALL
+             SELECT 'backlog disagrees: ' || d.sd_id
+               FROM v_directives d
+               LEFT JOIN claude_sessions s ON s.sd_id = d.sd_id
+              WHERE d.is_working_on IS DISTINCT FROM (s.session_id IS NOT NULL)
+                 OR d.active_session_id IS DISTINCT FROM s.session_id
+             UNION ALL
+             SELECT 'claimed though finished: ' || d.sd_id
+               FROM v_directives d JOIN claude_sessions s ON s.sd_id = d.sd_id
+              WHERE d.is_terminal
+             UNION ALL
+             SELECT 'claimed but not in the backlog: ' || s.sd_id
+               FROM claude_sessions s
+              WHERE s.sd_id IS NOT NULL
+                AND NOT EXISTS (SELECT FROM v_directives d WHERE d.sd_id = s.sd_id)
+             UNION ALL
+             -- Every acquisition has one event that begins it and, once ended, one that ends it
+             -- (a switch begins and ends at once).
+             SELECT 'claim without its begin in the audit: ' || c.claim_id
+               FROM sd_claims c
+              WHERE 1 <> (SELECT count(*) FROM session_lifecycle_events e
+                           WHERE e.claim_id = c.claim_id AND e.event_type IN ('claimed', 'switched'))
+             UNION ALL
+             SELECT 'claim and audit disagree on its end: ' || c.claim_id
+               FROM sd_claims c
+              WHERE c.release_reason IS DISTINCT FROM 'switched'
+                AND (c.released_at IS NOT NULL)::int <>
+                    (SELECT count(*) FROM session_lifecycle_events e
+                      WHERE e.claim_id = c.claim_id
+                        AND e.event_type IN ('released', 'taken_over', 'reaped'))",
+            &[],
+        )
+        .unwrap();
+    let disagreements: Vec<String> = disagreements.iter().map(|row| row.get(0)).collect();
+    assert!(disagreements.is_empty(), "{disagreements:#?}");
+}

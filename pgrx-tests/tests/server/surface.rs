@@ -1,0 +1,139 @@
+//! Every object that the extension owns: the public surface cannot grow by accident.
+
+use pg_claims_tests::TestDb;
+
+const OBJECTS: &str = "\
+function bind_directives(regclass,text[],text,text,text,text,text,text,text,text,text,text,text[])
+function claim_sd(text,text,text)
+function complete_session_write()
+function end_session(text,text)
+function grant_coordination(text,text)
+function heartbeat_age_human(timestamp with time zone,timestamp with time zone)
+function is_sd_claimed(text,text)
+function keep_directive_mirror()
+function lease_expires_at(timestamp with time zone,timestamp with time zone)
+function protect_open_claim()
+function rebuild_directives_view()
+function record_claim_history()
+function refuse_truncate_while_claimed()
+function register_session(text,text,text,integer,text,jsonb)
+function release_finished_directive()
+function release_sd(text,text,bigint)
+function release_truncated_directives()
+function sd_start(text,text,text)
+function sync_is_working_on_with_session()
+function unbind_directives()
+function update_session_heartbeat(text,bigint)
+sequence sd_claims_claim_id_seq
+sequence session_lifecycle_events_event_id_seq
+table claude_sessions
+table directive_binding
+table sd_claims
+table session_lifecycle_events
+table strategic_directives_v2
+view v_active_sessions
+view v_directives";
+
+fn lines(c: &mut postgres::Client, sql: &str) -> Vec<String> {
+    c.query(sql, &[]).unwrap().iter().map(|row| row.get(0)).collect()
+}
+
+#[test]
+fn the_extension_owns_exactly_these_objects() {
+    let db = TestDb::new();
+    // Types are left out: each table and view has its row type, and newer servers list them.
+    let owned = lines(
+        &mut db.connect(),
+        "SELECT pg_describe_object(classid, objid, 0) COLLATE \"C\" AS object
+           FROM pg_depend d JOIN pg_extension e ON e.oid = d.refobjid
+          WHERE e.extname = 'pg_claims' AND d.refclassid = 'pg_extension'::regclass AND d.deptype = 'e'
+            AND d.classid <> 'pg_type'::regclass
+          ORDER BY 1",
+    );
+    assert_eq!(owned.join("\n"), OBJECTS);
+}
+
+#[test]
+fn indexes_and_triggers_are_exactly_these() {
+    let db = TestDb::new();
+    let found = lines(
+        &mut db.connect(),
+        "SELECT line FROM (
+         SELECT CASE WHEN i.indisunique THEN 'unique ' ELSE '' END || 'index ' || i.indexrelid::regclass
+           FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid WHERE c.relnamespace = 'public'::regnamespace
+          UNION ALL
+         SELECT 'trigger ' || tgname || ' on ' || tgrelid::regclass FROM pg_trigger WHERE NOT tgisinternal) lines (line)
+          ORDER BY line COLLATE \"C\"",
+    );
+    let expected = "\
+trigger claude_sessions_complete_trigger on claude_sessions
+trigger claude_sessions_truncate_trigger on claude_sessions
+trigger directive_binding_trigger on directive_binding
+trigger pg_claims_deleted on strategic_directives_v2
+trigger pg_claims_finished on strategic_directives_v2
+trigger pg_claims_truncated on strategic_directives_v2
+trigger record_claim_history_trigger on claude_sessions
+trigger sd_claims_protect_delete_trigger on sd_claims
+trigger sd_claims_protect_insert_trigger on sd_claims
+trigger sd_claims_protect_update_trigger on sd_claims
+trigger sd_claims_truncate_trigger on sd_claims
+trigger sync_is_working_on_trigger on claude_sessions
+trigger zz_pg_claims_mirror_insert on strategic_directives_v2
+trigger zz_pg_claims_mirror_update on strategic_directives_v2
+unique index claude_sessions_pkey
+unique index directive_binding_pkey
+unique index idx_claude_sessions_unique_active_claim
+unique index sd_claims_open_key
+unique index sd_claims_pkey
+unique index session_lifecycle_events_pkey
+unique index strategic_directives_v2_pkey";
+    assert_eq!(found.join("\n"), expected);
+}
+
+#[test]
+fn the_index_that_decides_is_partial_and_unique() {
+    let db = TestDb::new();
+    let definition = lines(
+        &mut db.connect(),
+        "SELECT pg_get_indexdef('idx_claude_sessions_unique_active_claim'::regclass)",
+    );
+    assert_eq!(
+        definition,
+        [
+            "CREATE UNIQUE INDEX idx_claude_sessions_unique_active_claim ON public.claude_sessions USING btree (sd_id) \
+          WHERE ((sd_id IS NOT NULL) AND (status = 'active'::text))"
+        ]
+    );
+}
+
+#[test]
+fn everything_has_a_comment_and_functions_pin_their_search_path() {
+    let db = TestDb::new();
+    let mut c = db.connect();
+    let silent = lines(
+        &mut c,
+        "SELECT pg_describe_object(d.classid, d.objid, 0)
+           FROM pg_depend d JOIN pg_extension e ON e.oid = d.refobjid AND e.extname = 'pg_claims'
+           LEFT JOIN pg_class r ON d.classid = 'pg_class'::regclass AND r.oid = d.objid
+          WHERE d.deptype = 'e' AND d.classid IN ('pg_proc'::regclass, 'pg_class'::regclass)
+            AND coalesce(r.relkind, 'f') <> 'S' AND obj_description(d.objid, d.classid::regclass::text) IS NULL",
+    );
+    assert!(silent.is_empty(), "no COMMENT on {silent:?}");
+    let loose = lines(
+        &mut c,
+        "SELECT p.oid::regprocedure::text
+           FROM pg_depend d JOIN pg_extension e ON e.oid = d.refobjid AND e.extname = 'pg_claims'
+           JOIN pg_proc p ON d.classid = 'pg_proc'::regclass AND p.oid = d.objid
+          WHERE d.deptype = 'e' AND p.prosecdef
+            AND p.proconfig IS DISTINCT FROM ARRAY['search_path=pg_catalog, pg_temp']",
+    );
+    assert!(loose.is_empty(), "SECURITY DEFINER without a pinned search_path: {loose:?}");
+    let invoker = lines(
+        &mut c,
+        "SELECT p.proname::text
+           FROM pg_depend d JOIN pg_extension e ON e.oid = d.refobjid AND e.extname = 'pg_claims'
+           JOIN pg_proc p ON d.classid = 'pg_proc'::regclass AND p.oid = d.objid
+          WHERE d.deptype = 'e' AND NOT p.prosecdef ORDER BY 1",
+    );
+    assert_eq!(invoker, ["heartbeat_age_human", "lease_expires_at"], "these two touch no table");
+}

@@ -1,0 +1,245 @@
+//! What a claim waits for, and what lock_timeout and cancel do to it.
+
+use std::thread;
+
+use pg_claims_tests::{TestDb, backend_pid, json, sqlstate, wait_until_blocked};
+use postgres::Client;
+use serde_json::Value;
+
+use crate::support::*;
+
+/// Runs `claim_sd` in a thread and returns once it waits for a lock.
+fn blocked_claim(
+    db: &TestDb,
+    sd: &'static str,
+    session: &'static str,
+) -> (i32, thread::JoinHandle<Result<Value, postgres::Error>>) {
+    blocked(db, move |client| {
+        client.query_one("SELECT claim_sd($1, $2)", &[&sd, &session]).map(|row| row.get(0))
+    })
+}
+
+fn blocked<R: Send + 'static>(
+    db: &TestDb,
+    work: impl FnOnce(&mut Client) -> R + Send + 'static,
+) -> (i32, thread::JoinHandle<R>) {
+    let mut client = db.connect();
+    let pid = backend_pid(&mut client);
+    let waiting = thread::spawn(move || work(&mut client));
+    wait_until_blocked(db, pid);
+    (pid, waiting)
+}
+
+#[test]
+fn a_claim_waits_for_an_uncommitted_one_and_is_refused_naming_its_owner() {
+    let (db, mut winner) = coordinated();
+    json(&mut winner, "SELECT register_session('s1', 'host-1', 'tty-1')", &[]);
+    winner.batch_execute("BEGIN").unwrap();
+    granted(&mut winner, "SD-1", "s1");
+    let (_, loser) = blocked_claim(&db, "SD-1", "s2");
+    winner.batch_execute("COMMIT").unwrap();
+    let refusal = loser.join().unwrap().unwrap();
+    assert_eq!(refusal["error"], "already_claimed");
+    assert_eq!(refusal["claimed_by"], "s1");
+    assert_eq!(refusal["hostname"], "host-1");
+    assert_eq!(refusal["tty"], "tty-1");
+    assert_in_step(&mut winner);
+}
+
+#[test]
+fn a_claim_gets_the_sd_when_the_one_before_it_rolls_back() {
+    let (db, mut first) = coordinated();
+    first.batch_execute("BEGIN").unwrap();
+    granted(&mut first, "SD-1", "s1");
+    let (_, second) = blocked_claim(&db, "SD-1", "s2");
+    first.batch_execute("ROLLBACK").unwrap();
+    assert_eq!(second.join().unwrap().unwrap()["success"], true);
+    assert_in_step(&mut first);
+}
+
+#[test]
+fn lock_timeout_ends_the_wait_and_leaves_nothing_behind() {
+    let (db, mut winner) = coordinated();
+    winner.batch_execute("BEGIN").unwrap();
+    granted(&mut winner, "SD-1", "s1");
+    let mut loser = db.connect();
+    loser.batch_execute("SET lock_timeout = '20ms'").unwrap();
+    let error = loser.query_one("SELECT claim_sd('SD-1', 's2')", &[]).unwrap_err();
+    assert_eq!(sqlstate(&error), "55P03");
+    winner.batch_execute("COMMIT").unwrap();
+    assert_eq!(events(&mut winner, "s2"), ["registered"]);
+    assert_in_step(&mut winner);
+}
+
+#[test]
+fn cancelling_ends_the_wait_and_leaves_nothing_behind() {
+    let (db, mut winner) = coordinated();
+    winner.batch_execute("BEGIN").unwrap();
+    granted(&mut winner, "SD-1", "s1");
+    let (pid, loser) = blocked_claim(&db, "SD-1", "s2");
+    winner.execute("SELECT pg_cancel_backend($1)", &[&pid]).unwrap();
+    assert_eq!(sqlstate(&loser.join().unwrap().unwrap_err()), "57014");
+    winner.batch_execute("COMMIT").unwrap();
+    assert_eq!(events(&mut winner, "s2"), ["registered"]);
+    assert_in_step(&mut winner);
+}
+
+#[test]
+fn the_loser_of_an_open_race_can_go_on_beating_and_keeps_what_it_holds() {
+    let (db, mut winner) = coordinated();
+    let held = granted(&mut winner, "SD-2", "s2");
+    winner.batch_execute("BEGIN").unwrap();
+    granted(&mut winner, "SD-1", "s1");
+    let (_, loser) = blocked_claim(&db, "SD-1", "s2");
+    // From another connection, as a heartbeat does; it must not wait for the claim's wait.
+    let mut other = db.connect();
+    other.batch_execute("SET lock_timeout = '1ms'").unwrap();
+    assert_eq!(beat(&mut other, "s2")["claim_id"], held);
+    winner.batch_execute("COMMIT").unwrap();
+    assert_eq!(loser.join().unwrap().unwrap()["claimed_by"], "s1");
+    assert_eq!(beat(&mut winner, "s2")["claim_id"], held);
+}
+
+#[test]
+fn a_refusal_by_a_live_owner_waits_for_nobody() {
+    let (db, mut owner) = coordinated();
+    granted(&mut owner, "SD-1", "s1");
+    // The owner's session row and the SD's row are both locked by open work.
+    owner
+        .batch_execute(
+            "BEGIN; UPDATE claude_sessions SET metadata = '{}' WHERE session_id = 's1';
+             UPDATE strategic_directives_v2 SET title = 'edited' WHERE sd_id = 'SD-1'",
+        )
+        .unwrap();
+    let mut other = db.connect();
+    other.batch_execute("SET lock_timeout = '1ms'").unwrap();
+    assert_eq!(claim(&mut other, "SD-1", "s2")["claimed_by"], "s1");
+    assert_eq!(count(&mut other, "SELECT count(*) FROM v_active_sessions"), 3);
+    owner.batch_execute("ROLLBACK").unwrap();
+}
+
+#[test]
+fn a_heartbeat_that_commits_first_wins_against_a_takeover() {
+    let (db, mut owner) = coordinated();
+    let held = granted(&mut owner, "SD-1", "s1");
+    age_heartbeat(&mut owner, "s1", "10 minutes");
+    owner.batch_execute("BEGIN").unwrap();
+    assert_eq!(beat(&mut owner, "s1")["claim_id"], held);
+    let (_, taker) = blocked_claim(&db, "SD-1", "s2");
+    owner.batch_execute("COMMIT").unwrap();
+    assert_eq!(taker.join().unwrap().unwrap()["claimed_by"], "s1");
+    assert_eq!(beat(&mut owner, "s1")["claim_id"], held);
+    assert_in_step(&mut owner);
+}
+
+#[test]
+fn a_heartbeat_that_rolls_back_does_not_save_the_claim() {
+    let (db, mut owner) = coordinated();
+    granted(&mut owner, "SD-1", "s1");
+    age_heartbeat(&mut owner, "s1", "10 minutes");
+    owner.batch_execute("BEGIN").unwrap();
+    beat(&mut owner, "s1");
+    let (_, taker) = blocked_claim(&db, "SD-1", "s2");
+    owner.batch_execute("ROLLBACK").unwrap();
+    let answer = taker.join().unwrap().unwrap();
+    assert_eq!(answer["took_over"]["session_id"], "s1", "{answer}");
+    assert_in_step(&mut owner);
+}
+
+#[test]
+fn a_claim_waits_for_an_open_completion_and_is_then_refused() {
+    let (db, mut finisher) = coordinated();
+    finisher
+        .batch_execute(
+            "BEGIN; UPDATE strategic_directives_v2 SET status = 'completed' WHERE sd_id = 'SD-1'",
+        )
+        .unwrap();
+    let (_, claimer) = blocked_claim(&db, "SD-1", "s1");
+    finisher.batch_execute("COMMIT").unwrap();
+    assert_eq!(claimer.join().unwrap().unwrap()["error"], "sd_terminal_status");
+    assert_in_step(&mut finisher);
+}
+
+#[test]
+fn a_claim_waits_for_an_open_deletion_and_is_then_refused() {
+    let (db, mut deleter) = coordinated();
+    deleter
+        .batch_execute("BEGIN; DELETE FROM strategic_directives_v2 WHERE sd_id = 'SD-1'")
+        .unwrap();
+    let (_, claimer) = blocked_claim(&db, "SD-1", "s1");
+    deleter.batch_execute("COMMIT").unwrap();
+    assert_eq!(claimer.join().unwrap().unwrap()["error"], "sd_not_found");
+    assert_in_step(&mut deleter);
+}
+
+#[test]
+fn a_claim_that_waited_does_not_go_to_a_session_that_ended_meanwhile() {
+    let (db, mut first) = coordinated();
+    first.batch_execute("BEGIN").unwrap();
+    granted(&mut first, "SD-1", "s1");
+    let (_, second) = blocked_claim(&db, "SD-1", "s2");
+    let mut other = db.connect();
+    json(&mut other, "SELECT end_session('s2')", &[]);
+    first.batch_execute("ROLLBACK").unwrap();
+    assert_eq!(second.join().unwrap().unwrap()["error"], "session_released");
+    assert_in_step(&mut first);
+}
+
+#[test]
+fn a_session_that_claims_twice_at_once_holds_one_sd() {
+    let (db, mut first) = coordinated();
+    first.batch_execute("BEGIN").unwrap();
+    granted(&mut first, "SD-1", "s1");
+    // The same session by another connection: its row is being written.
+    let (_, second) = blocked_claim(&db, "SD-2", "s1");
+    first.batch_execute("COMMIT").unwrap();
+    let answer = second.join().unwrap().unwrap();
+    assert_eq!(answer["success"], true, "{answer}");
+    assert_eq!(answer["released_sd"], "SD-1", "{answer}");
+    assert_in_step(&mut first);
+    assert_eq!(count(&mut first, "SELECT count(*) FROM sd_claims"), 2);
+}
+
+#[test]
+fn a_write_by_hand_waits_for_an_open_claim_and_is_refused_naming_its_owner() {
+    let (db, mut winner) = coordinated();
+    winner.batch_execute("BEGIN").unwrap();
+    granted(&mut winner, "SD-1", "s1");
+    let (_, by_hand) = blocked(&db, |client| {
+        client.batch_execute("UPDATE claude_sessions SET sd_id = 'SD-1' WHERE session_id = 's2'")
+    });
+    winner.batch_execute("COMMIT").unwrap();
+    let error = by_hand.join().unwrap().unwrap_err();
+    assert_eq!(sqlstate(&error), "23505");
+    assert!(pg_claims_tests::detail(&error).contains("\"s1\""));
+    assert_in_step(&mut winner);
+}
+
+#[test]
+fn binding_keeps_claims_out_but_not_heartbeats() {
+    let (db, mut binder) = coordinated();
+    let held = granted(&mut binder, "SD-1", "s1");
+    binder
+        .batch_execute(
+            "CREATE TABLE mine (key text PRIMARY KEY, is_working_on boolean);
+             INSERT INTO mine SELECT sd_id FROM strategic_directives_v2;
+             BEGIN; SELECT bind_directives('mine', '{key}')",
+        )
+        .unwrap();
+    let mut other = db.connect();
+    other.batch_execute("SET lock_timeout = '1ms'").unwrap();
+    assert_eq!(beat(&mut other, "s1")["claim_id"], held);
+    let (_, claimer) = blocked_claim(&db, "SD-2", "s2");
+    binder.batch_execute("COMMIT").unwrap();
+    // The claim that waited lands in the backlog that was bound meanwhile.
+    assert_eq!(claimer.join().unwrap().unwrap()["success"], true);
+    assert_eq!(
+        value(
+            &mut binder,
+            "SELECT string_agg(key, ',' ORDER BY key) FROM mine WHERE is_working_on"
+        )
+        .as_deref(),
+        Some("SD-1,SD-2")
+    );
+    assert_in_step(&mut binder);
+}
