@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use pgrx::pg_sys::BuiltinOid::{TEXTARRAYOID, TEXTOID};
+use pgrx::pg_sys::BuiltinOid::TEXTOID;
 
 use super::Backlog;
 use crate::error::Result;
@@ -11,19 +11,19 @@ use crate::spi::catalog::{self, Catalog};
 use crate::spi::row::Row;
 use crate::spi::statement::{Db, Statement};
 
-/// Locks SDs against a concurrent claim, release, completion or deletion, in the order of their
-/// ids so that two callers with the same SDs cannot wait for each other.
+// One SD a statement: for a list the server would plan anew each time, as it cannot know how long
+// the list will be.
 static LOCK: Statement = Statement::new(
     |catalog| {
         over_backlog(catalog, "SELECT 1 WHERE $1 IS NULL", |b| {
             format!(
-                "SELECT {id} FROM {table} b WHERE {id} = ANY ($1) ORDER BY {id} FOR NO KEY UPDATE OF b",
-                id = b.canonical(),
-                table = b.table,
+                "SELECT 1 FROM {} b WHERE {} = $1 FOR NO KEY UPDATE OF b",
+                b.table,
+                b.canonical()
             )
         })
     },
-    &[TEXTARRAYOID],
+    &[TEXTOID],
 );
 
 /// Writes who works on an SD ($2 NULL: nobody), where that is not what the row says already.
@@ -60,11 +60,16 @@ fn over_backlog(catalog: &Catalog, nothing: &str, text: impl FnOnce(&Backlog) ->
     catalog.backlog.as_ref().map_or_else(|| nothing.into(), text)
 }
 
-/// Locks the SDs `sd_ids` until the transaction ends, and waits for whoever is writing them now.
-pub fn lock(db: &Db<'_>, sd_ids: Vec<String>) -> Result<()> {
+/// Locks the SDs against a concurrent claim, release, completion or deletion until the transaction
+/// ends, waiting for whoever is writing them now. In the order of their ids, so that two callers
+/// with the same SDs cannot wait for each other.
+pub fn lock(db: &Db<'_>, mut sd_ids: Vec<String>) -> Result<()> {
     catalog::lock_history(db)?;
+    sd_ids.sort();
     let _acting = acting_as_owner(db)?;
-    db.run(&LOCK, &[sd_ids.into()])?;
+    for sd_id in sd_ids {
+        db.run(&LOCK, &[sd_id.into()])?;
+    }
     Ok(())
 }
 
