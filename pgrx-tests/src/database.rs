@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use postgres::{Client, NoTls};
 
 use crate::server::{self, Installation};
-use crate::{ENV_PG_CONFIG, ENV_SOCKET_DIR, ENV_WORK_DIR};
+use crate::{ENV_PG_CONFIG, ENV_SOCKET_DIR, ENV_WORK_DIR, Server};
 
 /// A database on the shared server, dropped at the end with the roles that were made for it.
 pub struct TestDb {
@@ -49,16 +49,6 @@ impl TestDb {
     /// The database's name.
     pub fn name(&self) -> &str {
         &self.name
-    }
-
-    /// The PostgreSQL that the server runs.
-    pub fn installation(&self) -> &Installation {
-        &self.installation
-    }
-
-    /// A folder in which the test may start a server of its own.
-    pub fn work_dir() -> PathBuf {
-        environment(ENV_WORK_DIR)
     }
 
     /// A connection of its own, as the superuser.
@@ -138,6 +128,13 @@ impl Drop for TestDb {
             eprintln!("could not drop database {}: {error}", self.name);
         }
     }
+}
+
+/// A server of the test's own, of the PostgreSQL under test: for what other tests' transactions
+/// would disturb. `name` is a folder's name that no other test uses.
+pub fn own_server(name: &str, settings: &[&str]) -> Server {
+    let installation = Installation::new(&environment(ENV_PG_CONFIG)).unwrap();
+    Server::create(&installation, &environment(ENV_WORK_DIR).join(name), settings).unwrap()
 }
 
 fn environment(variable: &str) -> PathBuf {

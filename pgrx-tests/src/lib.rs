@@ -11,7 +11,7 @@ mod user;
 pub use client::{
     backend_pid, detail, hint, json, message, sqlstate, wait_until, wait_until_blocked,
 };
-pub use database::TestDb;
+pub use database::{TestDb, own_server};
 pub use server::{Installation, Server, Stop};
 pub use user::ServerUser;
 

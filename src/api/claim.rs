@@ -78,10 +78,10 @@ fn release(
         let lost = claim::lost(db, claim_id, session_id)?;
         Ok(Refusal::ClaimLost { session_id: session_id.into(), claim_id, lost })
     };
-    if let Some(named) = named {
-        if found.claim.as_ref().map(|(_, claim_id)| *claim_id) != Some(named) {
-            return Ok(Err(lost(named)?));
-        }
+    if let Some(named) = named
+        && found.claim.as_ref().map(|(_, claim_id)| *claim_id) != Some(named)
+    {
+        return Ok(Err(lost(named)?));
     }
     if found.is_released() {
         return Ok(Err(Refusal::SessionReleased { session_id: session_id.into() }));

@@ -68,10 +68,10 @@ extern "C-unwind" fn schema_changed(_: pg_sys::Datum, _: i32, _: u32) {
 
 /// The catalogue, read anew if it has changed.
 pub fn current(db: &Db<'_>) -> Result<Rc<Catalog>> {
-    if !CHANGED.get() {
-        if let Some(current) = CURRENT.with_borrow(Clone::clone) {
-            return Ok(current);
-        }
+    if !CHANGED.get()
+        && let Some(current) = CURRENT.with_borrow(Clone::clone)
+    {
+        return Ok(current);
     }
     // Reset first: a change that arrives while reading must not be lost.
     CHANGED.set(false);
@@ -87,10 +87,10 @@ pub fn current(db: &Db<'_>) -> Result<Rc<Catalog>> {
 
 fn adopt(catalog: Catalog) -> Rc<Catalog> {
     WATCHED.set(catalog.watched);
-    if let Some(current) = CURRENT.with_borrow(Clone::clone) {
-        if *current == catalog {
-            return current;
-        }
+    if let Some(current) = CURRENT.with_borrow(Clone::clone)
+        && *current == catalog
+    {
+        return current;
     }
     statement::forget_plans();
     let catalog = Rc::new(catalog);

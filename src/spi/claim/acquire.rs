@@ -103,11 +103,10 @@ fn judge(
     };
     if let (Some((held, claim_id)), Some((claimed_at, track))) =
         (&session.claim, picture.held_since)
+        && *held == sd.sd_id
     {
-        if *held == sd.sd_id {
-            let claim_id = *claim_id;
-            return Ok(Verdict::AlreadyHeld { claim_id, sd_id: sd.sd_id, claimed_at, track });
-        }
+        let claim_id = *claim_id;
+        return Ok(Verdict::AlreadyHeld { claim_id, sd_id: sd.sd_id, claimed_at, track });
     }
     if sd.is_terminal {
         let status = sd.status.unwrap_or_default();
@@ -132,10 +131,10 @@ fn take(
     gives_up: Option<(String, i64)>,
     stale_owner: Option<Owner>,
 ) -> Result<Option<Claimed>> {
-    if let Some(owner) = &stale_owner {
-        if !expire(db, owner, session_id)? {
-            return Ok(None);
-        }
+    if let Some(owner) = &stale_owner
+        && !expire(db, owner, session_id)?
+    {
+        return Ok(None);
     }
     let took_over = stale_owner.as_ref().map(|owner| owner.claim_id);
     let Some((claim_id, claimed_at)) = history::open(db, sd_id, session_id, track, took_over)?

@@ -5,6 +5,7 @@ mod backlog;
 mod bind;
 mod columns;
 mod mirror;
+mod table;
 
 pub use attach::{attach_own, rebuild_view};
 pub use backlog::{Backlog, resolve};

@@ -1,0 +1,269 @@
+//! What the server knows of a table, and whether it can serve as the backlog.
+
+use pgrx::{PgSqlErrorCode, pg_sys};
+
+use super::backlog::Backlog;
+use super::bind::Request;
+use super::columns::Columns;
+use crate::error::{ClaimError, Result};
+use crate::identity;
+use crate::spi::row::Row;
+use crate::spi::statement::{Db, required};
+
+/// What the server knows of a table.
+pub struct TableFacts {
+    oid: pg_sys::Oid,
+    name: String,
+    kind: String,
+    owner: String,
+    /// Column names with their types' names.
+    columns: Vec<(String, String)>,
+    /// The columns that a unique index covers alone.
+    unique: Vec<String>,
+}
+
+impl TableFacts {
+    pub fn read(db: &Db<'_>, oid: pg_sys::Oid) -> Result<Self> {
+        let rows = db.run_once(
+            "SELECT pg_catalog.format('%I.%I', n.nspname, c.relname), c.relkind::text,
+                    pg_catalog.pg_get_userbyid(c.relowner)::text
+               FROM pg_catalog.pg_class c
+               JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+              WHERE c.oid = $1",
+            &[oid.into()],
+        )?;
+        if rows.is_empty() {
+            return Err(ClaimError::InvalidArgument {
+                argument: "p_table",
+                reason: "no such table".into(),
+                hint: None,
+            });
+        }
+        let row = rows.first();
+        let (name, kind, owner) = (
+            row.required_text(1, "pg_class")?,
+            row.required_text(2, "pg_class")?,
+            row.required_text(3, "pg_class")?,
+        );
+        let mut columns = Vec::new();
+        for row in db.run_once(
+            "SELECT attname::text, pg_catalog.format_type(atttypid, atttypmod)
+               FROM pg_catalog.pg_attribute
+              WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped",
+            &[oid.into()],
+        )? {
+            columns.push((
+                required(row.get::<String>(1)?, "pg_attribute")?,
+                required(row.get::<String>(2)?, "pg_attribute")?,
+            ));
+        }
+        let mut unique = Vec::new();
+        for row in db.run_once(
+            "SELECT a.attname::text
+               FROM pg_catalog.pg_index i
+               JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+              WHERE i.indrelid = $1 AND i.indisunique AND i.indisvalid AND i.indimmediate
+                AND i.indnkeyatts = 1 AND i.indpred IS NULL",
+            &[oid.into()],
+        )? {
+            unique.extend(row.get::<String>(1)?);
+        }
+        Ok(Self { oid, name, kind, owner, columns, unique })
+    }
+
+    pub fn check_owner(&self, db: &Db<'_>) -> Result<()> {
+        let caller = identity::caller();
+        let owns = db
+            .run_once(
+                "SELECT pg_catalog.pg_has_role($1::name, $2::name, 'USAGE')",
+                &[caller.clone().into(), self.owner.clone().into()],
+            )?
+            .first()
+            .flag(1)?;
+        if owns {
+            Ok(())
+        } else {
+            Err(ClaimError::NotTableOwner { table: self.name.clone(), caller })
+        }
+    }
+
+    /// Reading a view or a foreign table would run its owner's code with the extension's rights.
+    pub fn check_kind(&self) -> Result<()> {
+        match self.kind.as_str() {
+            "r" | "p" => Ok(()),
+            _ => Err(self.refuse(
+                PgSqlErrorCode::ERRCODE_WRONG_OBJECT_TYPE,
+                "Only an ordinary or a partitioned table can be the backlog.".into(),
+                "Bind the table itself rather than a view of it.",
+            )),
+        }
+    }
+
+    pub fn columns(&self, request: Request) -> Result<Columns> {
+        if request.keys.is_empty() {
+            return Err(ClaimError::InvalidArgument {
+                argument: "p_key_columns",
+                reason: "names no column".into(),
+                hint: Some("Name the column that identifies an SD, or several in order.".into()),
+            });
+        }
+        for key in &request.keys {
+            self.type_of(key)?;
+        }
+        let columns = Columns {
+            title: self.column(request.title, &["title"])?,
+            status: self.column(request.status, &["status"])?,
+            priority: self.column(request.priority, &["priority"])?,
+            track: self.column(request.track, &["track"])?,
+            rank: self.column(request.rank, &["sequence_rank", "rank"])?,
+            dependencies: self.column(request.dependencies, &["dependencies"])?,
+            parent: self.column(request.parent, &["parent_sd_id"])?,
+            created_at: self.column(request.created_at, &["created_at"])?,
+            is_working_on: self.column(request.is_working_on, &["is_working_on"])?,
+            active_session_id: self.column(request.active_session_id, &["active_session_id"])?,
+            keys: request.keys,
+            terminal_statuses: request.terminal_statuses,
+        };
+        self.expect(&columns.is_working_on, |t| t == "boolean", "boolean")?;
+        self.expect(
+            &columns.active_session_id,
+            holds_session_id,
+            "text, or varchar of 200 or more",
+        )?;
+        self.expect(&columns.rank, is_numeric, "a number")?;
+        self.expect(&columns.dependencies, is_list, "jsonb, json or text[]")?;
+        self.expect(&columns.created_at, is_time, "a timestamp or a date")?;
+        Ok(columns)
+    }
+
+    fn column(&self, asked: Option<String>, usual: &[&str]) -> Result<Option<String>> {
+        match asked {
+            Some(name) if name.is_empty() => Ok(None),
+            Some(name) => self.type_of(&name).map(|_| Some(name)),
+            None => Ok(usual
+                .iter()
+                .find(|name| self.columns.iter().any(|(column, _)| column == *name))
+                .map(|name| (*name).to_owned())),
+        }
+    }
+
+    fn type_of(&self, column: &str) -> Result<&str> {
+        self.columns
+            .iter()
+            .find(|(name, _)| name == column)
+            .map(|(_, sql_type)| sql_type.as_str())
+            .ok_or_else(|| {
+                self.refuse(
+                    PgSqlErrorCode::ERRCODE_UNDEFINED_COLUMN,
+                    format!("The table has no column \"{column}\"."),
+                    "Column names are taken to the letter, without quotes.",
+                )
+            })
+    }
+
+    fn expect(
+        &self,
+        column: &Option<String>,
+        fits: impl Fn(&str) -> bool,
+        wanted: &str,
+    ) -> Result<()> {
+        let Some(column) = column else { return Ok(()) };
+        let sql_type = self.type_of(column)?;
+        if fits(sql_type) {
+            return Ok(());
+        }
+        Err(self.refuse(
+            PgSqlErrorCode::ERRCODE_DATATYPE_MISMATCH,
+            format!("Column \"{column}\" is of type {sql_type}; it must be {wanted}."),
+            "Name another column, or '' to do without.",
+        ))
+    }
+
+    /// Makes sure that every key is unique and can be looked up as text by an index. Makes an index
+    /// where the table has none that serves; it goes with the binding or the extension.
+    pub fn ensure_indexes(&self, db: &Db<'_>, backlog: &Backlog) -> Result<Vec<String>> {
+        let columns = &backlog.columns;
+        let mut wanted = Vec::new();
+        let [first, further @ ..] = columns.keys.as_slice() else { return Ok(Vec::new()) };
+        if !further.is_empty() || !self.serves(first)? {
+            wanted.push(("sd_id".to_owned(), columns.canonical("")));
+        }
+        for (key, expression) in further.iter().zip(columns.aliases("")) {
+            if !self.serves(key)? {
+                wanted.push((key.clone(), expression));
+            }
+        }
+        let mut created = Vec::new();
+        for (name, expression) in wanted {
+            self.check_unique(db, &expression)?;
+            let index =
+                pgrx::spi::quote_identifier(format!("pg_claims_{}_{name}", self.oid.to_u32()));
+            db.run_once(
+                &format!("CREATE UNIQUE INDEX {index} ON {} (({expression}))", self.name),
+                &[],
+            )?;
+            let schema = self.name.split_once('.').map_or("", |(schema, _)| schema);
+            db.run_once(
+                &format!("ALTER INDEX {schema}.{index} DEPENDS ON EXTENSION pg_claims"),
+                &[],
+            )?;
+            created.push(format!("{schema}.{index}"));
+        }
+        Ok(created)
+    }
+
+    /// Whether an index of the table's finds the key by its text and keeps it unique.
+    fn serves(&self, key: &str) -> Result<bool> {
+        let sql_type = self.type_of(key)?;
+        let is_text = sql_type == "text" || sql_type.starts_with("character varying");
+        Ok(is_text && self.unique.iter().any(|column| column == key))
+    }
+
+    fn check_unique(&self, db: &Db<'_>, expression: &str) -> Result<()> {
+        let rows = db.run_once(
+            &format!(
+                "SELECT {expression} FROM {} WHERE {expression} IS NOT NULL
+                  GROUP BY 1 HAVING pg_catalog.count(*) > 1 LIMIT 1",
+                self.name
+            ),
+            &[],
+        )?;
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let example = rows.first().required_text(1, "a key")?;
+        Err(self.refuse(
+            PgSqlErrorCode::ERRCODE_UNIQUE_VIOLATION,
+            format!("More than one row has the key \"{example}\"."),
+            "Two rows of one key would be one SD; make the keys unique first.",
+        ))
+    }
+
+    fn refuse(&self, code: PgSqlErrorCode, detail: String, hint: &str) -> ClaimError {
+        ClaimError::CannotBind { code, table: self.name.clone(), detail, hint: hint.into() }
+    }
+}
+
+fn holds_session_id(sql_type: &str) -> bool {
+    let length = sql_type
+        .strip_prefix("character varying(")
+        .and_then(|rest| rest.strip_suffix(')'))
+        .map(|length| length.parse().unwrap_or(0));
+    match length {
+        Some(length) => length >= pg_claims_core::id::MAX_ID_CHARACTERS,
+        None => matches!(sql_type, "text" | "character varying"),
+    }
+}
+
+fn is_numeric(sql_type: &str) -> bool {
+    sql_type.starts_with("numeric")
+        || matches!(sql_type, "smallint" | "integer" | "bigint" | "real" | "double precision")
+}
+
+fn is_list(sql_type: &str) -> bool {
+    matches!(sql_type, "jsonb" | "json" | "text[]" | "character varying[]")
+}
+
+fn is_time(sql_type: &str) -> bool {
+    sql_type.starts_with("timestamp") || sql_type == "date"
+}
