@@ -210,6 +210,47 @@ fn a_backlog_owner_s_code_never_runs_with_the_extension_s_rights() {
 }
 
 #[test]
+fn a_backlog_owner_s_casts_never_run_with_the_extension_s_rights() {
+    let (db, mut owner) = coordinated();
+    let tenant = db.role("tenant");
+    json(&mut owner, "SELECT grant_coordination($1, 'operator')", &[&tenant]);
+    owner.batch_execute(&format!("GRANT CREATE ON SCHEMA public TO {tenant}")).unwrap();
+    let mut t = db.connect_as(&tenant);
+    t.batch_execute(
+        "CREATE TYPE state AS ENUM ('open', 'completed');
+         CREATE TYPE pair AS (a text, b text);
+         CREATE FUNCTION as_text(state) RETURNS text LANGUAGE plpgsql AS
+           $$ BEGIN RAISE 'ran as %', current_user; END $$;
+         CREATE CAST (state AS text) WITH FUNCTION as_text(state);
+         CREATE TABLE theirs (key text PRIMARY KEY, status state, title pair, kind char(4));
+         INSERT INTO theirs VALUES ('T-1', 'open'), ('T-2', 'completed')",
+    )
+    .unwrap();
+    for (columns, detail_says) in [
+        ("'{key}'", "title"),
+        ("'{status}', p_title_column => ''", "status"),
+        ("'{kind}', p_title_column => ''", "kind"),
+        ("'{title}'", "title"),
+    ] {
+        let error =
+            t.query(&format!("SELECT bind_directives('theirs', {columns})"), &[]).unwrap_err();
+        assert_eq!(sqlstate(&error), "42804", "{columns}: {error:?}");
+        assert!(detail(&error).contains(detail_says), "{}", detail(&error));
+    }
+    t.batch_execute("SELECT bind_directives('theirs', '{key}', p_title_column => '')").unwrap();
+    granted(&mut owner, "T-1", "s1");
+    assert_eq!(claim(&mut owner, "T-2", "s2")["error"], "sd_terminal_status");
+    assert_eq!(
+        value(&mut owner, "SELECT string_agg(status, ',' ORDER BY sd_id) FROM v_directives")
+            .as_deref(),
+        Some("open,completed")
+    );
+    t.batch_execute("UPDATE theirs SET status = 'completed'").unwrap();
+    assert_eq!(release(&mut owner, "s1")["error"], "no_claim");
+    assert_in_step(&mut owner);
+}
+
+#[test]
 fn only_the_owner_of_a_table_can_bind_it() {
     let (db, mut owner) = coordinated();
     let operator = db.role("operator");

@@ -80,12 +80,12 @@ fn view_of(b: &Backlog, schema: &str) -> String {
                 {is_terminal} AS is_terminal
            FROM {table} b WHERE {id} IS NOT NULL",
         id = b.canonical(),
-        title = c.text(&c.title),
+        title = b.text(&c.title),
         status = b.status(),
-        priority = c.text(&c.priority),
-        track = c.text(&c.track),
+        priority = b.text(&c.priority),
+        track = b.text(&c.track),
         rank = column(&c.rank, "numeric"),
-        parent = c.text(&c.parent),
+        parent = b.text(&c.parent),
         is_terminal = b.is_terminal(),
         table = b.table,
     )

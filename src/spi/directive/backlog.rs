@@ -2,7 +2,7 @@
 
 use pgrx::pg_sys;
 
-use super::columns::Columns;
+use super::columns::{Columns, as_text};
 use crate::error::Result;
 use crate::spi::row::Row;
 use crate::spi::statement::{Db, required};
@@ -18,6 +18,8 @@ pub struct Backlog {
     pub owner: pg_sys::Oid,
     /// Which of its columns mean what.
     pub columns: Columns,
+    /// Those of its columns whose type is an enum.
+    enums: Vec<String>,
 }
 
 impl Backlog {
@@ -44,7 +46,19 @@ impl Backlog {
                 &[table_oid.into()],
             )?
             .first();
+        let mut enums = Vec::new();
+        for row in db.run_once(
+            "SELECT a.attname::text
+               FROM pg_catalog.pg_attribute a
+               JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
+               JOIN pg_catalog.pg_type b ON b.oid = COALESCE(NULLIF(t.typbasetype, 0), t.oid)
+              WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped AND b.typtype = 'e'",
+            &[table_oid.into()],
+        )? {
+            enums.extend(row.get::<String>(1)?);
+        }
         Ok(Self {
+            enums,
             table_oid,
             table: row.required_text(1, "pg_class")?,
             owner: required(row.get(2)?, "pg_class")?,
@@ -57,9 +71,23 @@ impl Backlog {
         self.columns.canonical("b.")
     }
 
+    /// A column of `b` as text, or NULL where the backlog has none such. An enum is written out by its
+    /// output function: for a cast, its owner might have made a function of their own, which would
+    /// run with the extension's rights.
+    pub fn text(&self, column: &Option<String>) -> String {
+        match column {
+            None => "NULL::text".into(),
+            Some(column) if self.enums.contains(column) => format!(
+                "pg_catalog.textin(pg_catalog.enum_out(b.{}))",
+                pgrx::spi::quote_identifier(column)
+            ),
+            Some(column) => as_text("b.", column),
+        }
+    }
+
     /// An SD's status as text, possibly NULL.
     pub fn status(&self) -> String {
-        self.columns.text(&self.columns.status)
+        self.text(&self.columns.status)
     }
 
     /// Whether an SD is finished.

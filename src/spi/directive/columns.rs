@@ -106,13 +106,9 @@ impl Columns {
     pub fn aliases(&self, prefix: &str) -> Vec<String> {
         self.keys.iter().skip(1).map(|key| as_text(prefix, key)).collect()
     }
-
-    /// A column of `b` as text, or NULL where the backlog has none such.
-    pub fn text(&self, column: &Option<String>) -> String {
-        column.as_ref().map_or_else(|| "NULL::text".into(), |column| as_text("b.", column))
-    }
 }
 
-fn as_text(prefix: &str, column: &str) -> String {
+/// A column of a built-in type as text.
+pub fn as_text(prefix: &str, column: &str) -> String {
     format!("({prefix}{}::text)", pgrx::spi::quote_identifier(column))
 }

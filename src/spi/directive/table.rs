@@ -16,8 +16,7 @@ pub struct TableFacts {
     name: String,
     kind: String,
     owner: String,
-    /// Column names with their types' names.
-    columns: Vec<(String, String)>,
+    columns: Vec<ColumnFacts>,
     /// The columns that a unique index covers alone.
     unique: Vec<String>,
 }
@@ -46,16 +45,22 @@ impl TableFacts {
             row.required_text(3, "pg_class")?,
         );
         let mut columns = Vec::new();
+        // A domain counts as the type that it is made of.
         for row in db.run_once(
-            "SELECT attname::text, pg_catalog.format_type(atttypid, atttypmod)
-               FROM pg_catalog.pg_attribute
-              WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped",
+            "SELECT a.attname::text, pg_catalog.format_type(b.oid, COALESCE(NULLIF(t.typtypmod, -1), a.atttypmod)),
+                    b.typtype = 'e', b.typtype = 'b' AND b.typnamespace = 'pg_catalog'::pg_catalog.regnamespace
+               FROM pg_catalog.pg_attribute a
+               JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
+               JOIN pg_catalog.pg_type b ON b.oid = COALESCE(NULLIF(t.typbasetype, 0), t.oid)
+              WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped",
             &[oid.into()],
         )? {
-            columns.push((
-                required(row.get::<String>(1)?, "pg_attribute")?,
-                required(row.get::<String>(2)?, "pg_attribute")?,
-            ));
+            columns.push(ColumnFacts {
+                name: required(row.get(1)?, "pg_attribute")?,
+                sql_type: required(row.get(2)?, "pg_attribute")?,
+                is_enum: required(row.get(3)?, "pg_type")?,
+                is_built_in: required(row.get(4)?, "pg_type")?,
+            });
         }
         let mut unique = Vec::new();
         for row in db.run_once(
@@ -108,7 +113,7 @@ impl TableFacts {
             });
         }
         for key in &request.keys {
-            self.type_of(key)?;
+            self.expect_of(key, |c| is_key(&c.sql_type), "text, varchar, uuid or an integer")?;
         }
         let columns = Columns {
             title: self.column(request.title, &["title"])?,
@@ -124,57 +129,63 @@ impl TableFacts {
             keys: request.keys,
             terminal_statuses: request.terminal_statuses,
         };
-        self.expect(&columns.is_working_on, |t| t == "boolean", "boolean")?;
-        self.expect(
-            &columns.active_session_id,
-            holds_session_id,
-            "text, or varchar of 200 or more",
-        )?;
-        self.expect(&columns.rank, is_numeric, "a number")?;
-        self.expect(&columns.dependencies, is_list, "jsonb, json or text[]")?;
-        self.expect(&columns.created_at, is_time, "a timestamp or a date")?;
+        for column in
+            [&columns.title, &columns.status, &columns.priority, &columns.track, &columns.parent]
+        {
+            self.expect(column, ColumnFacts::reads_as_text, "a built-in type or an enum")?;
+        }
+        self.expect(&columns.is_working_on, |c| c.sql_type == "boolean", "boolean")?;
+        let id = "text, or varchar of 200 or more";
+        self.expect(&columns.active_session_id, |c| holds_session_id(&c.sql_type), id)?;
+        self.expect(&columns.rank, |c| is_numeric(&c.sql_type), "a number")?;
+        self.expect(&columns.dependencies, |c| is_list(&c.sql_type), "jsonb, json or text[]")?;
+        self.expect(&columns.created_at, |c| is_time(&c.sql_type), "a timestamp or a date")?;
         Ok(columns)
     }
 
     fn column(&self, asked: Option<String>, usual: &[&str]) -> Result<Option<String>> {
         match asked {
             Some(name) if name.is_empty() => Ok(None),
-            Some(name) => self.type_of(&name).map(|_| Some(name)),
+            Some(name) => self.facts_of(&name).map(|_| Some(name)),
             None => Ok(usual
                 .iter()
-                .find(|name| self.columns.iter().any(|(column, _)| column == *name))
+                .find(|name| self.columns.iter().any(|column| column.name == **name))
                 .map(|name| (*name).to_owned())),
         }
     }
 
-    fn type_of(&self, column: &str) -> Result<&str> {
-        self.columns
-            .iter()
-            .find(|(name, _)| name == column)
-            .map(|(_, sql_type)| sql_type.as_str())
-            .ok_or_else(|| {
-                self.refuse(
-                    PgSqlErrorCode::ERRCODE_UNDEFINED_COLUMN,
-                    format!("The table has no column \"{column}\"."),
-                    "Column names are taken to the letter, without quotes.",
-                )
-            })
+    fn facts_of(&self, column: &str) -> Result<&ColumnFacts> {
+        self.columns.iter().find(|facts| facts.name == column).ok_or_else(|| {
+            self.refuse(
+                PgSqlErrorCode::ERRCODE_UNDEFINED_COLUMN,
+                format!("The table has no column \"{column}\"."),
+                "Column names are taken to the letter, without quotes.",
+            )
+        })
     }
 
     fn expect(
         &self,
         column: &Option<String>,
-        fits: impl Fn(&str) -> bool,
+        fits: impl Fn(&ColumnFacts) -> bool,
         wanted: &str,
     ) -> Result<()> {
-        let Some(column) = column else { return Ok(()) };
-        let sql_type = self.type_of(column)?;
-        if fits(sql_type) {
+        column.as_ref().map_or(Ok(()), |column| self.expect_of(column, fits, wanted))
+    }
+
+    fn expect_of(
+        &self,
+        column: &str,
+        fits: impl Fn(&ColumnFacts) -> bool,
+        wanted: &str,
+    ) -> Result<()> {
+        let facts = self.facts_of(column)?;
+        if fits(facts) {
             return Ok(());
         }
         Err(self.refuse(
             PgSqlErrorCode::ERRCODE_DATATYPE_MISMATCH,
-            format!("Column \"{column}\" is of type {sql_type}; it must be {wanted}."),
+            format!("Column \"{column}\" is of type {}; it must be {wanted}.", facts.sql_type),
             "Name another column, or '' to do without.",
         ))
     }
@@ -214,7 +225,7 @@ impl TableFacts {
 
     /// Whether an index of the table's finds the key by its text and keeps it unique.
     fn serves(&self, key: &str) -> Result<bool> {
-        let sql_type = self.type_of(key)?;
+        let sql_type = &self.facts_of(key)?.sql_type;
         let is_text = sql_type == "text" || sql_type.starts_with("character varying");
         Ok(is_text && self.unique.iter().any(|column| column == key))
     }
@@ -242,6 +253,27 @@ impl TableFacts {
     fn refuse(&self, code: PgSqlErrorCode, detail: String, hint: &str) -> ClaimError {
         ClaimError::CannotBind { code, table: self.name.clone(), detail, hint: hint.into() }
     }
+}
+
+/// A column.
+struct ColumnFacts {
+    name: String,
+    sql_type: String,
+    is_enum: bool,
+    is_built_in: bool,
+}
+
+impl ColumnFacts {
+    /// Whether the column can be read as text with the extension's rights: a cast of a user's own
+    /// type would run the user's code with them. Enums are read by their output function.
+    fn reads_as_text(&self) -> bool {
+        self.is_built_in || self.is_enum
+    }
+}
+
+fn is_key(sql_type: &str) -> bool {
+    matches!(sql_type, "text" | "uuid" | "smallint" | "integer" | "bigint")
+        || sql_type.starts_with("character varying")
 }
 
 fn holds_session_id(sql_type: &str) -> bool {
