@@ -7,7 +7,7 @@ use pgrx::prelude::*;
 use super::answer;
 use crate::error::{ClaimError, Result};
 use crate::spi::Db;
-use crate::spi::directive::{self, Request};
+use crate::spi::directive::{self, Columns};
 
 // The SQL is written out because pgrx has no regclass.
 #[pg_extern(sql = r#"
@@ -51,7 +51,7 @@ fn bind_directives(
         reason: "must not be NULL".into(),
         hint: Some("Give the table's name, with its schema.".into()),
     })?;
-    let request = Request {
+    let asked = Columns {
         keys: p_key_columns.unwrap_or_default().into_iter().flatten().collect(),
         title: p_title_column,
         status: p_status_column,
@@ -65,7 +65,7 @@ fn bind_directives(
         active_session_id: p_active_session_id_column,
         terminal_statuses: p_terminal_statuses.unwrap_or_default().into_iter().flatten().collect(),
     };
-    Ok(Db::connect(|db| answer(Ok(directive::bind(db, table, request)?)))?)
+    Ok(Db::connect(|db| answer(Ok(directive::bind(db, table, asked)?)))?)
 }
 
 #[pg_extern(volatile, parallel_unsafe, security_definer)]

@@ -181,12 +181,18 @@ fn set_role_counts_as_postgrest_uses_it() {
     assert_eq!(value(&mut owner, owner_role), Some(alice));
 }
 
+/// An operator that is no superuser and has tables of its own.
+fn tenant(db: &TestDb, owner: &mut postgres::Client) -> String {
+    let tenant = db.role("tenant");
+    json(owner, "SELECT grant_coordination($1, 'operator')", &[&tenant]);
+    owner.batch_execute(&format!("GRANT CREATE ON SCHEMA public TO {tenant}")).unwrap();
+    tenant
+}
+
 #[test]
 fn a_backlog_owner_s_code_never_runs_with_the_extension_s_rights() {
     let (db, mut owner) = coordinated();
-    let tenant = db.role("tenant");
-    json(&mut owner, "SELECT grant_coordination($1, 'operator')", &[&tenant]);
-    owner.batch_execute(&format!("GRANT CREATE ON SCHEMA public TO {tenant}")).unwrap();
+    let tenant = tenant(&db, &mut owner);
     let mut t = db.connect_as(&tenant);
     t.batch_execute(
         "CREATE TABLE theirs (key text PRIMARY KEY, is_working_on boolean, seen_as text);
@@ -212,9 +218,7 @@ fn a_backlog_owner_s_code_never_runs_with_the_extension_s_rights() {
 #[test]
 fn a_backlog_owner_s_casts_never_run_with_the_extension_s_rights() {
     let (db, mut owner) = coordinated();
-    let tenant = db.role("tenant");
-    json(&mut owner, "SELECT grant_coordination($1, 'operator')", &[&tenant]);
-    owner.batch_execute(&format!("GRANT CREATE ON SCHEMA public TO {tenant}")).unwrap();
+    let tenant = tenant(&db, &mut owner);
     let mut t = db.connect_as(&tenant);
     t.batch_execute(
         "CREATE TYPE state AS ENUM ('open', 'completed');

@@ -5,6 +5,7 @@ use std::sync::Barrier;
 use std::thread;
 
 use pg_claims_tests::TestDb;
+use postgres::Client;
 use serde_json::Value;
 
 use crate::support::*;
@@ -13,10 +14,7 @@ const CONNECTIONS: usize = 64;
 const ROUNDS: usize = 200;
 
 /// Every connection claims at the same moment; all answers, by session.
-fn stampede(
-    clients: &mut [postgres::Client],
-    sd_of: impl Fn(usize) -> String + Sync,
-) -> Vec<Value> {
+fn stampede(clients: &mut [Client], sd_of: impl Fn(usize) -> String + Sync) -> Vec<Value> {
     let start = Barrier::new(clients.len());
     thread::scope(|scope| {
         let claims: Vec<_> = clients
@@ -35,7 +33,7 @@ fn stampede(
     })
 }
 
-fn racers(db: &TestDb, control: &mut postgres::Client) -> Vec<postgres::Client> {
+fn racers(db: &TestDb, control: &mut Client) -> Vec<Client> {
     (0..CONNECTIONS)
         .map(|n| {
             register(control, &format!("racer-{n}"));
@@ -149,60 +147,53 @@ fn two_sessions_that_swap_stale_claims_do_not_deadlock() {
     }
 }
 
-#[test]
-fn a_claim_and_a_completion_at_once_never_leave_a_finished_sd_claimed() {
+/// A hundred times: SD-1 is completed by one connection while another one calls `call`.
+/// Returns the answers.
+fn against_completion(
+    prepare: impl Fn(&mut Client),
+    call: impl Fn(&mut Client) -> Value,
+) -> Vec<Value> {
     let (db, mut control) = coordinated();
     let mut finisher = db.connect();
-    let mut claimer = db.connect();
-    for _ in 0..100 {
-        control
-            .batch_execute(
-                "UPDATE strategic_directives_v2 SET status = 'draft' WHERE sd_id = 'SD-1'",
-            )
-            .unwrap();
-        let start = Barrier::new(2);
-        let answer = thread::scope(|scope| {
-            scope.spawn(|| {
+    let mut caller = db.connect();
+    (0..100)
+        .map(|_| {
+            control
+                .batch_execute("UPDATE strategic_directives_v2 SET status = 'draft' WHERE sd_id = 'SD-1'")
+                .unwrap();
+            prepare(&mut control);
+            let start = Barrier::new(2);
+            let answer = thread::scope(|scope| {
+                scope.spawn(|| {
+                    start.wait();
+                    finisher
+                        .batch_execute("UPDATE strategic_directives_v2 SET status = 'completed' WHERE sd_id = 'SD-1'")
+                        .unwrap();
+                });
                 start.wait();
-                finisher
-                    .batch_execute("UPDATE strategic_directives_v2 SET status = 'completed' WHERE sd_id = 'SD-1'")
-                    .unwrap();
+                call(&mut caller)
             });
-            start.wait();
-            claim(&mut claimer, "SD-1", "s1")
-        });
+            assert_in_step(&mut control);
+            answer
+        })
+        .collect()
+}
+
+#[test]
+fn a_claim_and_a_completion_at_once_never_leave_a_finished_sd_claimed() {
+    for answer in against_completion(|_| {}, |c| claim(c, "SD-1", "s1")) {
         let fine = answer["success"] == true || answer["error"] == "sd_terminal_status";
         assert!(fine, "{answer}");
-        assert_in_step(&mut control);
     }
 }
 
 #[test]
 fn release_and_completion_at_once_do_not_deadlock() {
-    let (db, mut control) = coordinated();
-    let mut finisher = db.connect();
-    let mut releaser = db.connect();
-    for _ in 0..100 {
-        control
-            .batch_execute(
-                "UPDATE strategic_directives_v2 SET status = 'draft' WHERE sd_id = 'SD-1'",
-            )
-            .unwrap();
-        granted(&mut control, "SD-1", "s1");
-        let start = Barrier::new(2);
-        let answer = thread::scope(|scope| {
-            scope.spawn(|| {
-                start.wait();
-                finisher
-                    .batch_execute("UPDATE strategic_directives_v2 SET status = 'completed' WHERE sd_id = 'SD-1'")
-                    .unwrap();
-            });
-            start.wait();
-            release(&mut releaser, "s1")
-        });
-        let fine = answer["success"] == true
-            || ["no_claim", "claim_lost"].contains(&answer["error"].as_str().unwrap());
-        assert!(fine, "{answer}");
-        assert_in_step(&mut control);
+    let held = |c: &mut Client| {
+        granted(c, "SD-1", "s1");
+    };
+    for answer in against_completion(held, |c| release(c, "s1")) {
+        let lost = ["no_claim", "claim_lost"].map(Value::from).contains(&answer["error"]);
+        assert!(answer["success"] == true || lost, "{answer}");
     }
 }

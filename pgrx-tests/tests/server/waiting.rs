@@ -201,6 +201,23 @@ fn a_session_that_claims_twice_at_once_holds_one_sd() {
 }
 
 #[test]
+fn a_release_that_waited_leaves_a_newer_claim_alone() {
+    let (db, mut first) = coordinated();
+    let old = granted(&mut first, "SD-1", "s1");
+    first.batch_execute("BEGIN").unwrap();
+    let new = granted(&mut first, "SD-2", "s1");
+    // Found SD-1, as that is what is committed, and waits for it.
+    let (_, late) = blocked(&db, |client| release(client, "s1"));
+    first.batch_execute("COMMIT").unwrap();
+    let answer = late.join().unwrap();
+    assert_eq!(answer["error"], "claim_lost", "{answer}");
+    assert_eq!(answer["claim_id"], old);
+    assert_eq!(answer["lost_claim"]["reason"], "switched");
+    assert_eq!(beat(&mut first, "s1")["claim_id"], new);
+    assert_in_step(&mut first);
+}
+
+#[test]
 fn a_write_by_hand_waits_for_an_open_claim_and_is_refused_naming_its_owner() {
     let (db, mut winner) = coordinated();
     winner.batch_execute("BEGIN").unwrap();

@@ -94,66 +94,43 @@ fn view_of(b: &Backlog, schema: &str) -> String {
 /// Puts the triggers on a backlog.
 pub fn attach_triggers(db: &Db<'_>, backlog: &Backlog, schema: &str) -> Result<()> {
     let [finished, deleted, truncated, mirror_insert, mirror_update] = TRIGGERS;
-    let table = &backlog.table;
     let c = &backlog.columns;
+    let create = |name: &str, event: &str, each: &str, function: &str| {
+        let table = &backlog.table;
+        let sql = format!(
+            "CREATE TRIGGER {name} {event} ON {table} FOR EACH {each} EXECUTE FUNCTION {schema}.{function}()"
+        );
+        db.run_once(&sql, &[]).map(|_| ())
+    };
     // WHEN, not a column list: a BEFORE trigger of the user's may change a column that the
     // statement does not name.
     let mut watched = vec![(c.canonical("OLD."), c.canonical("NEW."))];
-    if let Some(status) = &c.status {
-        let status = pgrx::spi::quote_identifier(status);
-        watched.push((format!("OLD.{status}"), format!("NEW.{status}")));
-    }
-    let changed = differ(&watched);
-    db.run_once(
-        &format!(
-            "CREATE TRIGGER {finished} AFTER UPDATE ON {table} FOR EACH ROW WHEN ({changed})
-             EXECUTE FUNCTION {schema}.release_finished_directive()"
-        ),
-        &[],
-    )?;
-    db.run_once(
-        &format!(
-            "CREATE TRIGGER {deleted} AFTER DELETE ON {table} FOR EACH ROW
-             EXECUTE FUNCTION {schema}.release_finished_directive()"
-        ),
-        &[],
-    )?;
-    db.run_once(
-        &format!(
-            "CREATE TRIGGER {truncated} AFTER TRUNCATE ON {table} FOR EACH STATEMENT
-             EXECUTE FUNCTION {schema}.release_truncated_directives()"
-        ),
-        &[],
-    )?;
-    let mirrors: Vec<String> = [&c.is_working_on, &c.active_session_id]
+    watched.extend(c.status.iter().map(|status| old_and_new(status)));
+    let changed = format!("ROW WHEN ({})", differ(&watched));
+    create(finished, "AFTER UPDATE", &changed, "release_finished_directive")?;
+    create(deleted, "AFTER DELETE", "ROW", "release_finished_directive")?;
+    create(truncated, "AFTER TRUNCATE", "STATEMENT", "release_truncated_directives")?;
+
+    let mirror: Vec<_> = [&c.is_working_on, &c.active_session_id]
         .into_iter()
         .flatten()
-        .map(pgrx::spi::quote_identifier)
+        .map(|column| old_and_new(column))
         .collect();
-    if mirrors.is_empty() {
+    if mirror.is_empty() {
         return Ok(());
     }
-    let rewritten: Vec<_> =
-        mirrors.iter().map(|m| (format!("OLD.{m}"), format!("NEW.{m}"))).collect();
-    let rewritten = differ(&rewritten);
     // At depth 0 the write is the user's own; what the extension writes comes from a trigger.
-    db.run_once(
-        &format!(
-            "CREATE TRIGGER {mirror_insert} BEFORE INSERT ON {table} FOR EACH ROW
-             WHEN (pg_catalog.pg_trigger_depth() = 0)
-             EXECUTE FUNCTION {schema}.keep_directive_mirror()"
-        ),
-        &[],
-    )?;
-    db.run_once(
-        &format!(
-            "CREATE TRIGGER {mirror_update} BEFORE UPDATE ON {table} FOR EACH ROW
-             WHEN (pg_catalog.pg_trigger_depth() = 0 AND ({rewritten}))
-             EXECUTE FUNCTION {schema}.keep_directive_mirror()"
-        ),
-        &[],
-    )?;
-    Ok(())
+    const BY_HAND: &str = "pg_catalog.pg_trigger_depth() = 0";
+    let inserted = format!("ROW WHEN ({BY_HAND})");
+    let rewritten = format!("ROW WHEN ({BY_HAND} AND ({}))", differ(&mirror));
+    create(mirror_insert, "BEFORE INSERT", &inserted, "keep_directive_mirror")?;
+    create(mirror_update, "BEFORE UPDATE", &rewritten, "keep_directive_mirror")
+}
+
+/// A column in a trigger's two rows.
+fn old_and_new(column: &str) -> (String, String) {
+    let column = pgrx::spi::quote_identifier(column);
+    (format!("OLD.{column}"), format!("NEW.{column}"))
 }
 
 fn differ(pairs: &[(String, String)]) -> String {

@@ -10,24 +10,6 @@ use crate::error::{ClaimError, Result};
 use crate::identity;
 use crate::spi::statement::{Db, required};
 
-/// What `bind_directives` was asked for. A column that is `None` is looked for under its usual
-/// name; an empty name means that the table has none such.
-#[derive(Debug, Default)]
-pub struct Request {
-    pub keys: Vec<String>,
-    pub title: Option<String>,
-    pub status: Option<String>,
-    pub priority: Option<String>,
-    pub track: Option<String>,
-    pub rank: Option<String>,
-    pub dependencies: Option<String>,
-    pub parent: Option<String>,
-    pub created_at: Option<String>,
-    pub is_working_on: Option<String>,
-    pub active_session_id: Option<String>,
-    pub terminal_statuses: Vec<String>,
-}
-
 /// What binding did.
 #[derive(Debug, serde::Serialize)]
 pub struct Bound {
@@ -43,12 +25,13 @@ pub struct Bound {
     pub rows_corrected: usize,
 }
 
-/// Makes `table` the backlog. The caller must own it.
-pub fn bind(db: &Db<'_>, table: pg_sys::Oid, request: Request) -> Result<Bound> {
+/// Makes `table` the backlog. The caller must own it. A column that is `None` is looked for under its
+/// usual name; an empty name means that the table has none such.
+pub fn bind(db: &Db<'_>, table: pg_sys::Oid, asked: Columns) -> Result<Bound> {
     let facts = TableFacts::read(db, table)?;
     facts.check_owner(db)?;
     facts.check_kind()?;
-    let columns = facts.columns(request)?;
+    let columns = facts.columns(asked)?;
     exclude_claims(db)?;
     let_go(db)?;
 

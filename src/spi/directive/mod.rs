@@ -9,5 +9,6 @@ mod table;
 
 pub use attach::{attach_own, rebuild_view};
 pub use backlog::{Backlog, resolve};
-pub use bind::{Request, bind, unbind};
+pub use bind::{bind, unbind};
+pub use columns::Columns;
 pub use mirror::{is_syncing, lock, sync, title};

@@ -3,7 +3,6 @@
 use pgrx::{PgSqlErrorCode, pg_sys};
 
 use super::backlog::Backlog;
-use super::bind::Request;
 use super::columns::Columns;
 use crate::error::{ClaimError, Result};
 use crate::identity;
@@ -104,30 +103,30 @@ impl TableFacts {
         }
     }
 
-    pub fn columns(&self, request: Request) -> Result<Columns> {
-        if request.keys.is_empty() {
+    pub fn columns(&self, asked: Columns) -> Result<Columns> {
+        if asked.keys.is_empty() {
             return Err(ClaimError::InvalidArgument {
                 argument: "p_key_columns",
                 reason: "names no column".into(),
                 hint: Some("Name the column that identifies an SD, or several in order.".into()),
             });
         }
-        for key in &request.keys {
+        for key in &asked.keys {
             self.expect_of(key, |c| is_key(&c.sql_type), "text, varchar, uuid or an integer")?;
         }
         let columns = Columns {
-            title: self.column(request.title, &["title"])?,
-            status: self.column(request.status, &["status"])?,
-            priority: self.column(request.priority, &["priority"])?,
-            track: self.column(request.track, &["track"])?,
-            rank: self.column(request.rank, &["sequence_rank", "rank"])?,
-            dependencies: self.column(request.dependencies, &["dependencies"])?,
-            parent: self.column(request.parent, &["parent_sd_id"])?,
-            created_at: self.column(request.created_at, &["created_at"])?,
-            is_working_on: self.column(request.is_working_on, &["is_working_on"])?,
-            active_session_id: self.column(request.active_session_id, &["active_session_id"])?,
-            keys: request.keys,
-            terminal_statuses: request.terminal_statuses,
+            title: self.column(asked.title, &["title"])?,
+            status: self.column(asked.status, &["status"])?,
+            priority: self.column(asked.priority, &["priority"])?,
+            track: self.column(asked.track, &["track"])?,
+            rank: self.column(asked.rank, &["sequence_rank", "rank"])?,
+            dependencies: self.column(asked.dependencies, &["dependencies"])?,
+            parent: self.column(asked.parent, &["parent_sd_id"])?,
+            created_at: self.column(asked.created_at, &["created_at"])?,
+            is_working_on: self.column(asked.is_working_on, &["is_working_on"])?,
+            active_session_id: self.column(asked.active_session_id, &["active_session_id"])?,
+            keys: asked.keys,
+            terminal_statuses: asked.terminal_statuses,
         };
         for column in
             [&columns.title, &columns.status, &columns.priority, &columns.track, &columns.parent]
