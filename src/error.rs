@@ -80,6 +80,26 @@ pub enum ClaimError {
         /// Some of the SDs.
         detail: String,
     },
+    /// A bound column is not there any more.
+    #[error("the backlog {table} has no column \"{column}\" any more")]
+    ColumnGone {
+        /// The table.
+        table: String,
+        /// The column as it was called when it was bound.
+        column: String,
+    },
+    /// A trigger of the user's kept the mirror from being written.
+    #[error("could not write is_working_on and active_session_id of SD \"{sd_id}\"")]
+    MirrorRefused {
+        /// The SD.
+        sd_id: String,
+    },
+    /// A decision needs to see what others have committed by now.
+    #[error("cannot {what} in a REPEATABLE READ or SERIALIZABLE transaction")]
+    NeedsReadCommitted {
+        /// What was tried.
+        what: &'static str,
+    },
     /// There is nothing to unbind.
     #[error("no backlog is bound")]
     NotBound,
@@ -123,6 +143,9 @@ impl ClaimError {
             }
             Self::DirectWrite { code, .. } | Self::CannotBind { code, .. } => *code,
             Self::BacklogInUse { .. } => PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
+            Self::ColumnGone { .. } => PgSqlErrorCode::ERRCODE_UNDEFINED_COLUMN,
+            Self::MirrorRefused { .. } => PgSqlErrorCode::ERRCODE_TRIGGERED_ACTION_EXCEPTION,
+            Self::NeedsReadCommitted { .. } => PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
             Self::NotBound => PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Self::Unsettled { .. } => PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Self::NotInstalled => PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT,
@@ -143,6 +166,9 @@ impl ClaimError {
             }
             Self::DirectWrite { detail, .. } => detail.clone(),
             Self::CannotBind { detail, .. } | Self::BacklogInUse { detail } => Some(detail.clone()),
+            Self::MirrorRefused { .. } => {
+                Some("A trigger on the backlog has suppressed or changed the update.".into())
+            }
             Self::Unsettled { .. } => {
                 Some("The open claims and the sessions that should hold them do not agree.".into())
             }
@@ -167,6 +193,15 @@ impl ClaimError {
             Self::CannotBind { hint, .. } => Some(hint.clone()),
             Self::BacklogInUse { .. } => {
                 Some("Release these claims first, with release_sd().".into())
+            }
+            Self::ColumnGone { .. } => {
+                Some("Call bind_directives() again with the columns' present names.".into())
+            }
+            Self::MirrorRefused { .. } => {
+                Some("Let the backlog's BEFORE triggers pass updates of these two columns.".into())
+            }
+            Self::NeedsReadCommitted { .. } => {
+                Some("Use READ COMMITTED, which sees the claims that others commit meanwhile.".into())
             }
             Self::NotBound => Some("The extension's own strategic_directives_v2 is in use.".into()),
             Self::Unsettled { .. } => Some(

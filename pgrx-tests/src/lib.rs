@@ -5,7 +5,12 @@
 
 mod client;
 mod database;
+// The tools run on the following as well: what fails there is reported, not a panic.
+#[deny(clippy::unwrap_used, clippy::expect_used)]
+mod postmaster;
+#[deny(clippy::unwrap_used, clippy::expect_used)]
 mod server;
+#[deny(clippy::unwrap_used, clippy::expect_used)]
 mod user;
 
 pub use client::{

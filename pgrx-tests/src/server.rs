@@ -9,7 +9,8 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::user::ServerUser;
+use crate::postmaster;
+use crate::user::{ServerUser, without_libpq_variables};
 
 /// The longest path of a Unix socket that every system takes, less the socket's own name.
 const MAX_SOCKET_DIR_BYTES: usize = 80;
@@ -182,39 +183,32 @@ impl Server {
             bail!("the server in {} is not running", self.root.display());
         };
         kill(pid, Signal::SIGKILL)?;
-        crate::wait_until("the killed server to be gone", || kill(pid, None).is_err());
+        crate::wait_until("the killed server to be gone", || {
+            matches!(postmaster::of(&self.data()), Ok(None))
+        });
         Ok(())
     }
 
-    /// The postmaster's process id, if its data folder says that it runs.
+    /// The postmaster's process id, if it runs.
     fn pid(&self) -> Result<Option<Pid>> {
-        let file = self.data().join("postmaster.pid");
-        match fs::read_to_string(&file) {
-            Ok(text) => {
-                let pid = text.lines().next().unwrap_or_default();
-                let pid = pid.trim().parse().with_context(|| format!("{}", file.display()))?;
-                Ok(Some(Pid::from_raw(pid)))
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error).with_context(|| format!("{}", file.display())),
-        }
+        postmaster::of(&self.data())
     }
 
-    /// Whether the server runs, as `pg_ctl` sees it.
+    /// Whether the server runs.
     pub fn is_running(&self) -> Result<bool> {
-        if self.pid()?.is_none() {
-            return Ok(false);
+        Ok(self.pid()?.is_some())
+    }
+
+    /// Stops and removes every server that killed runs have left in the folders below `parent`.
+    pub fn remove_leftovers(installation: &Installation, parent: &Path) -> Result<()> {
+        let entries = match fs::read_dir(parent) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            entries => entries.with_context(|| format!("could not read {}", parent.display()))?,
+        };
+        for entry in entries {
+            Self::at(installation, &entry?.path())?.discard()?;
         }
-        let status = self
-            .installation
-            .program("pg_ctl")
-            .arg("-D")
-            .arg(self.data())
-            .arg("status")
-            .stdout(std::process::Stdio::null())
-            .status()
-            .context("could not run pg_ctl")?;
-        Ok(status.success())
+        Ok(())
     }
 
     /// Stops the server if it runs, and removes its folder.
@@ -263,6 +257,14 @@ impl Server {
     pub fn client_program(&self, name: &str, database: &str) -> Command {
         client_program(&self.installation, &self.socket_dir, name, database)
     }
+
+    /// The same, run by oneself in the current folder: for a person, whose files and history it
+    /// uses. Only servers refuse to run as root.
+    pub fn client_program_as_oneself(&self, name: &str, database: &str) -> Command {
+        let mut command = Command::new(self.installation.bin.join(name));
+        without_libpq_variables(&mut command);
+        connecting(command, &self.socket_dir, database)
+    }
 }
 
 impl Drop for Server {
@@ -288,7 +290,10 @@ pub(crate) fn client_program(
     name: &str,
     database: &str,
 ) -> Command {
-    let mut command = installation.program(name);
+    connecting(installation.program(name), socket_dir, database)
+}
+
+fn connecting(mut command: Command, socket_dir: &Path, database: &str) -> Command {
     command
         .env("PGHOST", socket_dir)
         .env("PGPORT", PORT.to_string())
@@ -297,10 +302,12 @@ pub(crate) fn client_program(
     command
 }
 
-/// Below `root`, unless the path would be too long for a socket.
+/// Below `root`, unless the path would be too long for a socket, or would need quoting in
+/// postgresql.conf, where it is one of a list.
 fn socket_dir(root: &Path) -> PathBuf {
     let below = root.join("socket");
-    if below.as_os_str().len() <= MAX_SOCKET_DIR_BYTES {
+    let plain = |text: &str| !text.contains([',', '\'', '"', '\\']);
+    if below.as_os_str().len() <= MAX_SOCKET_DIR_BYTES && below.to_str().is_some_and(plain) {
         return below;
     }
     use std::hash::{DefaultHasher, Hash, Hasher};

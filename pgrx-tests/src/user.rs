@@ -49,11 +49,9 @@ impl ServerUser {
             command.uid(user.uid.as_raw()).gid(user.gid.as_raw());
             command.env("HOME", "/").env_remove("XDG_RUNTIME_DIR");
         }
-        // The caller's folder may be closed to this user, and libpq's variables point elsewhere.
+        // The caller's folder may be closed to this user.
         command.current_dir("/");
-        for variable in ["PGHOST", "PGPORT", "PGDATABASE", "PGUSER", "PGOPTIONS", "PGDATA"] {
-            command.env_remove(variable);
-        }
+        without_libpq_variables(&mut command);
         command
     }
 
@@ -99,5 +97,16 @@ impl ServerUser {
         // A strict umask must not keep the server's user out.
         fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
         Ok(())
+    }
+}
+
+/// Takes PGHOST, PGSERVICE, PGDATA and so on away, which point to some other server.
+pub fn without_libpq_variables(command: &mut Command) {
+    for (name, _) in std::env::vars_os() {
+        // Not the tests' own ones, which go on with an underscore.
+        let rest = name.as_encoded_bytes().strip_prefix(b"PG");
+        if rest.is_some_and(|rest| rest.first().is_some_and(u8::is_ascii_uppercase)) {
+            command.env_remove(name);
+        }
     }
 }

@@ -1,6 +1,16 @@
 -- The tables. claude_sessions is the truth; sd_claims and the backlog's is_working_on and
 -- active_session_id are mirrors that triggers derive from it in the same transaction.
 
+DO $$
+BEGIN
+    IF pg_catalog.getdatabaseencoding() <> 'UTF8' THEN
+        RAISE EXCEPTION 'pg_claims needs a database in UTF8, this one is in %', pg_catalog.getdatabaseencoding()
+            USING ERRCODE = 'feature_not_supported',
+                  HINT = 'Create the database with ENCODING ''UTF8''.';
+    END IF;
+END
+$$;
+
 CREATE TABLE claude_sessions (
     id             uuid        NOT NULL DEFAULT pg_catalog.gen_random_uuid(),
     session_id     text        NOT NULL,
@@ -28,6 +38,10 @@ CREATE TABLE claude_sessions (
     CONSTRAINT claude_sessions_whole_claim_check
         CHECK ((sd_id IS NULL) = (claim_id IS NULL) AND (sd_id IS NULL) = (claimed_at IS NULL)),
     CONSTRAINT claude_sessions_claim_is_active_check CHECK (sd_id IS NULL OR status = 'active'),
+    -- An infinite heartbeat would be immortal, or stale for ever.
+    CONSTRAINT claude_sessions_finite_check
+        CHECK (pg_catalog.isfinite(heartbeat_at)
+               AND (silent_until IS NULL OR pg_catalog.isfinite(silent_until))),
     CONSTRAINT claude_sessions_metadata_check CHECK (pg_catalog.jsonb_typeof(metadata) = 'object')
 )
 -- Room on each page for the new row version of a heartbeat, so that it stays HOT.

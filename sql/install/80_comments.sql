@@ -24,7 +24,7 @@ COMMENT ON COLUMN sd_claims.taken_over_by IS 'The session that took this acquisi
 COMMENT ON INDEX sd_claims_open_key IS 'One open acquisition per SD.';
 
 COMMENT ON TABLE session_lifecycle_events IS
-    'The audit, append-only: registered, resumed, claimed, switched, released, reaped, taken_over, ended.';
+    'The audit, append-only: registered, resumed, claimed, switched, released, taken_over, ended.';
 COMMENT ON COLUMN session_lifecycle_events.actor IS 'The role that did it.';
 COMMENT ON COLUMN session_lifecycle_events.held_seconds IS 'How long the acquisition lasted that ended with this event.';
 

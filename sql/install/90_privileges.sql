@@ -1,19 +1,31 @@
--- Closed by default: PUBLIC gets nothing. grant_coordination() opens what a role needs.
+-- Closed by default: nobody but the owner gets anything, whatever ALTER DEFAULT PRIVILEGES says in
+-- this database. grant_coordination() opens what a role needs.
 DO $$
 DECLARE
-    v_function regprocedure;
+    v_object record;
 BEGIN
-    -- Every function that the extension owns, so that none can be forgotten.
-    FOR v_function IN
-        SELECT d.objid::regprocedure
+    -- Every function, table, view and sequence that the extension owns, so that none can be
+    -- forgotten, and every grantee of each.
+    FOR v_object IN
+        SELECT DISTINCT o.kind, o.name, CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END AS grantee
           FROM pg_catalog.pg_depend d
-          JOIN pg_catalog.pg_extension e ON e.oid = d.refobjid
-         WHERE d.refclassid = 'pg_catalog.pg_extension'::regclass
-           AND d.classid = 'pg_catalog.pg_proc'::regclass
-           AND d.deptype = 'e'
-           AND e.extname = 'pg_claims'
+          JOIN pg_catalog.pg_extension e ON e.oid = d.refobjid AND e.extname = 'pg_claims'
+         CROSS JOIN LATERAL (
+               SELECT 'FUNCTION' AS kind, p.oid::regprocedure::text AS name, p.proowner AS owner,
+                      COALESCE(p.proacl, pg_catalog.acldefault('f', p.proowner)) AS acl
+                 FROM pg_catalog.pg_proc p
+                WHERE d.classid = 'pg_catalog.pg_proc'::regclass AND p.oid = d.objid
+                UNION ALL
+               SELECT CASE c.relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END, c.oid::regclass::text, c.relowner,
+                      COALESCE(c.relacl, pg_catalog.acldefault(CASE c.relkind WHEN 'S' THEN 's' ELSE 'r' END::"char", c.relowner))
+                 FROM pg_catalog.pg_class c
+                WHERE d.classid = 'pg_catalog.pg_class'::regclass AND c.oid = d.objid
+                  AND c.relkind IN ('r', 'v', 'S')) o
+         CROSS JOIN LATERAL pg_catalog.aclexplode(o.acl) a
+         WHERE d.refclassid = 'pg_catalog.pg_extension'::regclass AND d.deptype = 'e'
+           AND a.grantee <> o.owner
     LOOP
-        EXECUTE pg_catalog.format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', v_function);
+        EXECUTE pg_catalog.format('REVOKE ALL ON %s %s FROM %s', v_object.kind, v_object.name, v_object.grantee);
     END LOOP;
 END
 $$;

@@ -8,6 +8,7 @@ use pgrx::prelude::*;
 
 use super::{answer, check_may_act_for, reason_or};
 use crate::error::{Result, checked_id};
+use crate::identity;
 use crate::spi::{Db, claim, directive, session};
 
 #[pg_extern(volatile, parallel_unsafe, security_definer)]
@@ -90,7 +91,8 @@ fn release(
         return Ok(Err(Refusal::NoClaim { session_id: session_id.into() }));
     };
     directive::lock(db, vec![sd_id.clone()])?;
-    Ok(match session::let_go(db, session_id, claim_id, reason)? {
+    let unasked = identity::caller() != found.owner_role;
+    Ok(match session::let_go(db, session_id, claim_id, reason, unasked)? {
         Some(released_at) => Ok(Released {
             success: true,
             session_id: session_id.into(),

@@ -402,7 +402,7 @@ pub(crate) mod tests {
             json!({
                 "success": false,
                 "error": "already_claimed",
-                "message": "SD-LEO-001 is already claimed by session_abc123_tty1_1234 (heartbeat 45s ago, on dev-machine)",
+                "message": "SD-LEO-001 is already claimed by session_abc123_tty1_1234 (heartbeat 45s ago, host dev-machine)",
                 "hint": "Work on another SD, or try again: the claim ends by release_sd() or when its session goes stale.",
                 "sd_id": "SD-LEO-001",
                 "claim_id": 7,

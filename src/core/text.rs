@@ -10,10 +10,10 @@ const UNKNOWN: &str = "unknown";
 pub fn message(refusal: &Refusal) -> String {
     match refusal {
         Refusal::AlreadyClaimed { sd_id, owner } => format!(
-            "{sd_id} is already claimed by {} (heartbeat {}, on {})",
+            "{sd_id} is already claimed by {} (heartbeat {}, host {})",
             owner.session_id,
             age::human(owner.heartbeat_age),
-            owner.hostname.as_deref().unwrap_or("an unknown host"),
+            told(&owner.hostname),
         ),
         Refusal::SessionNotFound { session_id } => {
             format!("session \"{session_id}\" is not registered")
@@ -65,12 +65,12 @@ pub fn claimed(claim: &Claimed, title: Option<&str>) -> String {
         text.push_str(value);
     };
     if let Some(title) = title {
-        line("Title", title);
+        line("Title", &printable(title));
     }
     line("Session", &claim.session_id);
     line("Claim", &claim.claim_id.to_string());
     if let Some(track) = &claim.track {
-        line("Track", track);
+        line("Track", &printable(track));
     }
     if let Some(released) = &claim.released_sd {
         line("Released", released);
@@ -100,9 +100,19 @@ fn already_claimed(sd_id: &str, owner: &Owner) -> String {
         "❌ {sd_id} is already claimed\n   Session: {}\n   Heartbeat: {}\n   Hostname: {}\n   TTY: {}",
         owner.session_id,
         age::human(owner.heartbeat_age),
-        owner.hostname.as_deref().unwrap_or(UNKNOWN),
-        owner.tty.as_deref().unwrap_or(UNKNOWN),
+        told(&owner.hostname),
+        told(&owner.tty),
     )
+}
+
+/// What a session told of itself, on one line: control characters could forge the lines that follow
+/// or steer the reader's terminal.
+pub fn told(fact: &Option<String>) -> String {
+    fact.as_deref().map_or_else(|| UNKNOWN.into(), printable)
+}
+
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 
 #[cfg(test)]
@@ -130,6 +140,14 @@ mod tests {
             refused_by(silent),
             "❌ SD-LEO-001 is already claimed\n   Session: session_abc123_tty1_1234\n   Heartbeat: 45s ago\n   Hostname: unknown\n   TTY: unknown"
         );
+    }
+
+    #[test]
+    fn what_a_session_tells_of_itself_cannot_forge_lines() {
+        let forger = Owner { hostname: Some("h\n   TTY: forged\u{1b}[31m".into()), ..owner() };
+        let text = refused_by(forger);
+        assert_eq!(text.lines().count(), 5, "{text}");
+        assert!(!text.contains('\u{1b}'));
     }
 
     #[test]

@@ -16,7 +16,6 @@ pub enum EventType {
     Claimed,
     Switched,
     Released,
-    Reaped,
     TakenOver,
     Ended,
 }
@@ -29,7 +28,6 @@ impl EventType {
             Self::Claimed => "claimed",
             Self::Switched => "switched",
             Self::Released => "released",
-            Self::Reaped => "reaped",
             Self::TakenOver => "taken_over",
             Self::Ended => "ended",
         }

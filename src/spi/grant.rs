@@ -15,7 +15,7 @@ pub enum Level {
     Viewer,
     /// Register sessions of its own and claim, beat and release for them.
     Worker,
-    /// Act for every session, read the tables, bind a backlog.
+    /// Act for every session, read the tables, write the backlog, bind another.
     Operator,
 }
 
@@ -40,6 +40,9 @@ const RELATIONS: &[(Level, &[&str])] = &[
         &["claude_sessions", "sd_claims", "session_lifecycle_events", "directive_binding"],
     ),
 ];
+
+/// What an operator may do with the extension's own backlog.
+const BACKLOG: &str = "SELECT, INSERT, UPDATE, DELETE";
 
 /// The functions that each level may call. The lease functions stand behind v_active_sessions,
 /// whose reader the server asks for the privilege.
@@ -76,6 +79,11 @@ pub fn set_level(db: &Db<'_>, role: &str, level: Level) -> Result<()> {
         for relation in *relations {
             change("SELECT", "TABLE", &format!("{schema}.{relation}"), level >= *needed)?;
         }
+    }
+    if let Some(backlog) = db.catalog()?.own_backlog {
+        let name = db.run_once("SELECT $1::regclass::text", &[backlog.into()])?.first();
+        let name = name.required_text(1, "strategic_directives_v2")?;
+        change(BACKLOG, "TABLE", &name, level >= Level::Operator)?;
     }
     for (needed, functions) in FUNCTIONS {
         for function in *functions {

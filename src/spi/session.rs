@@ -78,6 +78,8 @@ static REGISTER: Statement = Statement::new(
                     codebase = COALESCE(EXCLUDED.codebase, s.codebase),
                     metadata = s.metadata OPERATOR(pg_catalog.||) EXCLUDED.metadata,
                     status = CASE s.status WHEN 'released' THEN 'idle' ELSE s.status END,
+                    released_at = CASE s.status WHEN 'released' THEN NULL ELSE s.released_at END,
+                    release_reason = CASE s.status WHEN 'released' THEN NULL ELSE s.release_reason END,
                     heartbeat_at = GREATEST(s.heartbeat_at, pg_catalog.clock_timestamp()),
                     updated_at = pg_catalog.clock_timestamp()
               WHERE s.owner_role = $7 OR $8
@@ -180,6 +182,7 @@ static LET_GO: Statement = Statement::new(
             "UPDATE {}.claude_sessions
                 SET sd_id = NULL, claim_id = NULL, claimed_at = NULL, track = NULL,
                     status = 'idle',
+                    lost_claim_id = CASE WHEN $4 THEN claim_id END, lost_to = NULL,
                     released_at = pg_catalog.clock_timestamp(), release_reason = $3,
                     updated_at = pg_catalog.clock_timestamp()
               WHERE session_id = $1 AND claim_id = $2
@@ -187,17 +190,20 @@ static LET_GO: Statement = Statement::new(
             c.schema
         )
     },
-    &[TEXTOID, INT8OID, TEXTOID],
+    &[TEXTOID, INT8OID, TEXTOID, BOOLOID],
 );
 
 /// Ends exactly the acquisition `claim_id`. `None` when the session does not hold it (any more).
+/// `unasked` says that not the session itself asked for it, so that its next heartbeat is told.
 pub fn let_go(
     db: &Db<'_>,
     session_id: &str,
     claim_id: i64,
     reason: &str,
+    unasked: bool,
 ) -> Result<Option<DateTime<Utc>>> {
-    db.first_row(&LET_GO, &[session_id.into(), claim_id.into(), reason.into()])?
+    let arguments = [session_id.into(), claim_id.into(), reason.into(), unasked.into()];
+    db.first_row(&LET_GO, &arguments)?
         .map(|row| row.required_instant(1, "claude_sessions.released_at"))
         .transpose()
 }

@@ -15,10 +15,10 @@ pub fn now() -> DateTime<Utc> {
     from_microseconds(unsafe { pg_sys::GetCurrentTimestamp() })
 }
 
-/// When the caller's transaction began.
-pub fn transaction_start() -> DateTime<Utc> {
-    // SAFETY: reads the transaction state; a function always runs inside a transaction.
-    from_microseconds(unsafe { pg_sys::GetCurrentTransactionStartTimestamp() })
+/// Whether all statements of the transaction see one snapshot: REPEATABLE READ or SERIALIZABLE.
+pub fn has_transaction_snapshot() -> bool {
+    // SAFETY: reads a variable of this backend that only changes between transactions.
+    unsafe { pg_sys::XactIsoLevel >= pg_sys::XACT_REPEATABLE_READ as i32 }
 }
 
 /// A server timestamp; `infinity` and what chrono cannot hold become the ends of its range.

@@ -1,14 +1,13 @@
 //! The triggers on the backlog, whichever table that is.
 
 use pgrx::PgSqlErrorCode;
-use pgrx::datum::TimestampWithTimeZone;
 use pgrx::prelude::*;
 
-use super::{Row, is_restored, run};
+use super::{Row, is_restoring, run};
 use crate::error::{ClaimError, Result};
 use crate::spi::catalog::Catalog;
 use crate::spi::directive::{self, Backlog};
-use crate::spi::{Db, session, time};
+use crate::spi::{Db, claim, session, time};
 
 /// An SD that is finished or deleted is released in the same transaction.
 #[pg_trigger]
@@ -19,16 +18,17 @@ pub fn release_finished_directive<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
             let Some(backlog) = in_use(&catalog, trigger)? else {
                 return Ok(());
             };
-            let Some(sd_id) = canonical_id(backlog, trigger, Side::Old) else {
+            let Some(sd_id) = canonical_id(backlog, trigger, Side::Old)? else {
                 return Ok(());
             };
+            see_latest_claims(db, backlog, &sd_id)?;
             if trigger.new().is_none() {
                 return release(db, &sd_id, "sd_deleted");
             }
-            if canonical_id(backlog, trigger, Side::New).as_ref() != Some(&sd_id) {
+            if canonical_id(backlog, trigger, Side::New)?.as_ref() != Some(&sd_id) {
                 return refuse_rename(db, sd_id);
             }
-            match finished_status(backlog, trigger) {
+            match finished_status(backlog, trigger)? {
                 Some(status) => release(db, &sd_id, &format!("sd_{status}")),
                 None => Ok(()),
             }
@@ -46,9 +46,12 @@ pub fn release_truncated_directives<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
             if in_use(&catalog, trigger)?.is_none() {
                 return Ok(());
             }
+            if time::has_transaction_snapshot() {
+                return Err(ClaimError::NeedsReadCommitted { what: "truncate the backlog" });
+            }
             while let Some(holder) = session::any_holder(db)? {
                 if let Some((_, claim_id)) = holder.claim {
-                    session::let_go(db, &holder.session_id, claim_id, "sd_deleted")?;
+                    session::let_go(db, &holder.session_id, claim_id, "sd_deleted", true)?;
                 }
             }
             Ok(())
@@ -65,33 +68,25 @@ pub fn keep_directive_mirror<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
         let Some(new) = trigger.new() else {
             return Ok(None);
         };
-        let is_insert = trigger.old().is_none();
-        if directive::is_syncing() {
-            return Ok(Some(new.into_owned()));
-        }
         let mut new = new.into_owned();
         Db::connect(|db| {
             let catalog = db.catalog()?;
-            let Some(backlog) = in_use(&catalog, trigger)? else {
+            // A dump brings the claims along; they may come later.
+            let Some(backlog) = in_use(&catalog, trigger)?.filter(|_| !is_restoring()) else {
                 return Ok(());
             };
-            // A dump of the extension's own backlog is restored with this trigger in place, and
-            // the claims may come later.
-            if is_insert && Some(backlog.table_oid) == catalog.own_backlog {
-                let created_at = new.get_by_name::<TimestampWithTimeZone>("created_at")?;
-                if created_at.is_some_and(|at| is_restored(time::from_server(at))) {
-                    return Ok(());
-                }
-            }
-            let holder = match canonical_id(backlog, trigger, Side::New) {
-                Some(sd_id) => session::holder(db, &sd_id)?,
-                None => None,
+            let Some(sd_id) = canonical_id(backlog, trigger, Side::New)? else {
+                return Ok(());
+            };
+            let session_id = match directive::target() {
+                Some(target) if target.sd_id == sd_id => target.session_id,
+                _ => session::holder(db, &sd_id)?.map(|session| session.session_id),
             };
             if let Some(column) = &backlog.columns.is_working_on {
-                new.set_by_name(column, holder.is_some())?;
+                new.set_by_name(column, session_id.is_some())?;
             }
             if let Some(column) = &backlog.columns.active_session_id {
-                new.set_by_name(column, holder.map(|session| session.session_id))?;
+                new.set_by_name(column, session_id)?;
             }
             Ok(())
         })?;
@@ -113,7 +108,10 @@ pub fn rebuild_directives_view<'a>(_trigger: &'a PgTrigger<'a>) -> Row<'a> {
 fn in_use<'c>(catalog: &'c Catalog, trigger: &PgTrigger<'_>) -> Result<Option<&'c Backlog>> {
     let is_own = Some(trigger.relid()?) == catalog.own_backlog;
     let backlog = catalog.backlog.as_ref();
-    Ok(backlog.filter(|b| !is_own || Some(b.table_oid) == catalog.own_backlog))
+    backlog
+        .filter(|b| !is_own || Some(b.table_oid) == catalog.own_backlog)
+        .map(Backlog::usable)
+        .transpose()
 }
 
 /// Which of a trigger's two rows.
@@ -123,41 +121,69 @@ enum Side {
     New,
 }
 
-fn canonical_id(backlog: &Backlog, trigger: &PgTrigger<'_>, side: Side) -> Option<String> {
-    backlog.columns.keys.iter().find_map(|key| text_of(trigger, side, key))
+fn canonical_id(backlog: &Backlog, trigger: &PgTrigger<'_>, side: Side) -> Result<Option<String>> {
+    for key in &backlog.columns.keys {
+        let value = text_of(trigger, side, key)?;
+        if value.is_some() {
+            return Ok(value);
+        }
+    }
+    Ok(None)
 }
 
 /// The new status in its usual spelling, if it is one in which an SD cannot be claimed.
-fn finished_status(backlog: &Backlog, trigger: &PgTrigger<'_>) -> Option<String> {
-    let column = backlog.columns.status.as_ref()?;
-    let status = text_of(trigger, Side::New, column)?.to_lowercase();
+fn finished_status(backlog: &Backlog, trigger: &PgTrigger<'_>) -> Result<Option<String>> {
+    let Some(column) = &backlog.columns.status else {
+        return Ok(None);
+    };
+    let status = text_of(trigger, Side::New, column)?.map(|status| status.to_lowercase());
     let terminal = &backlog.columns.terminal_statuses;
-    terminal.iter().any(|terminal| terminal.to_lowercase() == status).then_some(status)
+    Ok(status.filter(|status| terminal.iter().any(|terminal| terminal.to_lowercase() == *status)))
 }
 
-/// A column of any type as text; `None` for NULL and where the table has no such column.
-fn text_of(trigger: &PgTrigger<'_>, side: Side, column: &str) -> Option<String> {
+/// A column of any type as text.
+fn text_of(trigger: &PgTrigger<'_>, side: Side, column: &str) -> Result<Option<String>> {
     let data = trigger.trigger_data();
     let is_update = trigger.old().is_some() && trigger.new().is_some();
     let tuple = match side {
         Side::New if is_update => data.tg_newtuple,
         Side::New | Side::Old => data.tg_trigtuple,
     };
-    let column = std::ffi::CString::new(column).ok()?;
+    let gone = || ClaimError::ColumnGone {
+        table: trigger.table_name().unwrap_or_default(),
+        column: column.to_owned(),
+    };
+    let name = std::ffi::CString::new(column).map_err(|_| gone())?;
     // SAFETY: in a row trigger the server gives a valid relation and tuples of its row type;
-    // SPI_getvalue returns a palloc'd, null-terminated string, or null for NULL or an unknown
-    // column (SPI_fnumber's error codes are not positive).
+    // SPI_getvalue returns a palloc'd, null-terminated string, or null for NULL (SPI_fnumber's
+    // error codes are not positive).
     unsafe {
         let descriptor = (*data.tg_relation).rd_att;
-        let number = pg_sys::SPI_fnumber(descriptor, column.as_ptr());
+        let number = pg_sys::SPI_fnumber(descriptor, name.as_ptr());
         if number <= 0 {
-            return None;
+            return Err(gone());
         }
         let value = pg_sys::SPI_getvalue(tuple, descriptor, number);
         if value.is_null() {
-            return None;
+            return Ok(None);
         }
-        Some(std::ffi::CStr::from_ptr(value).to_string_lossy().into_owned())
+        Ok(Some(std::ffi::CStr::from_ptr(value).to_string_lossy().into_owned()))
+    }
+}
+
+/// Under REPEATABLE READ and SERIALIZABLE a claim that was committed after the transaction's
+/// snapshot is not seen. Where the backlog has mirror columns the claim has written the SD's row,
+/// and the server itself reports the conflict. Where it has none, opening an acquisition does:
+/// the unique index sees all claims, and one that the snapshot does not show is error 40001.
+fn see_latest_claims(db: &Db<'_>, backlog: &Backlog, sd_id: &str) -> Result<()> {
+    let c = &backlog.columns;
+    let is_mirrored = c.is_working_on.is_some() || c.active_session_id.is_some();
+    if is_mirrored || !time::has_transaction_snapshot() {
+        return Ok(());
+    }
+    match claim::open(db, sd_id, "", None, None)? {
+        Some((claim_id, _)) => claim::discard(db, claim_id),
+        None => Ok(()),
     }
 }
 
@@ -166,7 +192,7 @@ fn release(db: &Db<'_>, sd_id: &str, reason: &str) -> Result<()> {
     // further round means that its session was just being released.
     while let Some(holder) = session::holder(db, sd_id)? {
         if let Some((_, claim_id)) = holder.claim {
-            session::let_go(db, &holder.session_id, claim_id, reason)?;
+            session::let_go(db, &holder.session_id, claim_id, reason, true)?;
         }
     }
     Ok(())

@@ -3,21 +3,24 @@
 use chrono::{DateTime, Utc};
 use pg_claims_core::age;
 use pgrx::PgSqlErrorCode;
-use pgrx::datum::TimestampWithTimeZone;
 use pgrx::prelude::*;
 use serde_json::json;
 
-use super::{Row, SessionRow, is_restored, run, session_rows};
+use super::session::claimed_by_another;
+use super::{Row, SessionRow, is_restoring, run, session_rows};
 use crate::error::{ClaimError, Result};
 use crate::spi::event::{self, Event, EventType};
 use crate::spi::{Db, claim, session, time};
+
+/// The reason recorded for an acquisition that its session gave up for another.
+const SWITCHED: &str = "switched";
 
 #[pg_trigger]
 pub fn record_claim_history<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
     run(|| {
         let (old, new) = session_rows(trigger)?;
         Db::connect(|db| match (&old, &new) {
-            (None, Some(new)) if is_restored(new.created_at) => Ok(()),
+            (None, Some(_)) if is_restoring() => Ok(()),
             (None, Some(new)) => inserted(db, new),
             (Some(old), Some(new)) => updated(db, old, new),
             (Some(old), None) => deleted(db, old),
@@ -28,9 +31,12 @@ pub fn record_claim_history<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
 }
 
 fn inserted(db: &Db<'_>, new: &SessionRow) -> Result<()> {
-    event::record(db, plain(EventType::Registered, &new.session_id, None))?;
+    event::record(db, of_session(EventType::Registered, new, None))?;
     match new.claim() {
-        Some((sd_id, claim_id)) => began(db, new, sd_id, claim_id, EventType::Claimed, json!({})),
+        Some((sd_id, claim_id)) => {
+            began(db, new, sd_id, claim_id)?;
+            event::record(db, plain(EventType::Claimed, new, None))
+        }
         None => Ok(()),
     }
 }
@@ -40,46 +46,61 @@ fn updated(db: &Db<'_>, old: &SessionRow, new: &SessionRow) -> Result<()> {
     match (old.claim(), new.claim()) {
         (before, now) if before == now => {}
         (None, Some((sd_id, claim_id))) => {
-            began(db, new, sd_id, claim_id, EventType::Claimed, json!({}))?;
+            began(db, new, sd_id, claim_id)?;
+            event::record(db, plain(EventType::Claimed, new, None))?;
         }
-        (Some((given_up, _)), Some((sd_id, claim_id))) => {
-            ended(db, old, time::now(), "switched", None, None)?;
-            let detail = json!({ "released_sd": given_up });
-            began(db, new, sd_id, claim_id, EventType::Switched, detail)?;
+        (Some((given_up, given_up_claim)), Some((sd_id, claim_id))) => {
+            let at = time::now();
+            claim::close(db, given_up_claim, at, SWITCHED, None)?;
+            began(db, new, sd_id, claim_id)?;
+            let event = Event {
+                held: old.claimed_at.map(|claimed_at| age::age(claimed_at, at)),
+                detail: json!({ "released_sd": given_up, "released_claim_id": given_up_claim }),
+                ..plain(EventType::Switched, new, Some(SWITCHED))
+            };
+            event::record(db, event)?;
         }
         (Some((_, claim_id)), None) => {
             let lost = new.lost_claim_id == Some(claim_id);
-            let event_type = match (lost, &new.lost_to) {
-                (true, Some(_)) => EventType::TakenOver,
-                (true, None) => EventType::Reaped,
-                (false, _) => EventType::Released,
-            };
             let taken_over_by = new.lost_to.as_deref().filter(|_| lost);
             let at = new.released_at.unwrap_or_else(time::now);
-            ended(db, old, at, reason.unwrap_or("released"), taken_over_by, Some(event_type))?;
+            ended(db, old, at, reason.unwrap_or("released"), taken_over_by)?;
         }
         (None, None) => {}
     }
     match (old.status.as_str(), new.status.as_str()) {
         ("released", "released") => Ok(()),
-        ("released", _) => event::record(db, plain(EventType::Resumed, &new.session_id, None)),
-        (_, "released") => event::record(db, plain(EventType::Ended, &new.session_id, reason)),
+        ("released", _) => event::record(db, of_session(EventType::Resumed, new, None)),
+        (_, "released") => event::record(db, of_session(EventType::Ended, new, reason)),
         _ => Ok(()),
     }
 }
 
 fn deleted(db: &Db<'_>, old: &SessionRow) -> Result<()> {
     const REASON: &str = "session_deleted";
-    if old.claim().is_some() {
-        ended(db, old, time::now(), REASON, None, Some(EventType::Released))?;
-    }
+    ended(db, old, time::now(), REASON, None)?;
     if old.status == "released" {
         return Ok(());
     }
-    event::record(db, plain(EventType::Ended, &old.session_id, Some(REASON)))
+    event::record(db, of_session(EventType::Ended, old, Some(REASON)))
 }
 
-fn plain<'a>(event_type: EventType, session_id: &'a str, reason: Option<&'a str>) -> Event<'a> {
+/// An event of what the session holds.
+fn plain<'a>(event_type: EventType, row: &'a SessionRow, reason: Option<&'a str>) -> Event<'a> {
+    Event {
+        sd_id: row.sd_id.as_deref(),
+        claim_id: row.claim_id,
+        ..of_session(event_type, row, reason)
+    }
+}
+
+/// An event of the session alone.
+fn of_session<'a>(
+    event_type: EventType,
+    row: &'a SessionRow,
+    reason: Option<&'a str>,
+) -> Event<'a> {
+    let session_id = &row.session_id;
     Event {
         event_type,
         session_id,
@@ -91,49 +112,38 @@ fn plain<'a>(event_type: EventType, session_id: &'a str, reason: Option<&'a str>
     }
 }
 
-fn began(
-    db: &Db<'_>,
-    new: &SessionRow,
-    sd_id: &str,
-    claim_id: i64,
-    event_type: EventType,
-    detail: serde_json::Value,
-) -> Result<()> {
-    let event = Event {
-        sd_id: Some(sd_id),
-        claim_id: Some(claim_id),
-        detail,
-        ..plain(event_type, &new.session_id, None)
-    };
-    event::record(db, event)
+/// Opens the acquisition of a claim that was written by hand; claim_sd has opened its own.
+fn began(db: &Db<'_>, new: &SessionRow, sd_id: &str, claim_id: i64) -> Result<()> {
+    if claim::is_granting(claim_id) {
+        return Ok(());
+    }
+    let claimed_at = new.claimed_at.unwrap_or_else(time::now);
+    if claim::open_as(db, claim_id, claimed_at, sd_id, &new.session_id, new.track.as_deref())? {
+        return Ok(());
+    }
+    Err(claimed_by_another(&claim::look(db, None, sd_id)?, sd_id))
 }
 
-/// Closes the acquisition that `old` held; a switch has an event of its own for both sides.
+/// Closes the acquisition that `old` held.
 fn ended(
     db: &Db<'_>,
     old: &SessionRow,
     at: DateTime<Utc>,
     reason: &str,
     taken_over_by: Option<&str>,
-    event_type: Option<EventType>,
 ) -> Result<()> {
-    let Some((sd_id, claim_id)) = old.claim() else {
+    let Some((_, claim_id)) = old.claim() else {
         return Ok(());
     };
     claim::close(db, claim_id, at, reason, taken_over_by)?;
-    let Some(event_type) = event_type else {
-        return Ok(());
-    };
-    let detail = match taken_over_by {
-        Some(session_id) => json!({ "taken_over_by": session_id }),
-        None => json!({}),
+    let (event_type, detail) = match taken_over_by {
+        Some(session_id) => (EventType::TakenOver, json!({ "taken_over_by": session_id })),
+        None => (EventType::Released, json!({})),
     };
     let event = Event {
-        sd_id: Some(sd_id),
-        claim_id: Some(claim_id),
         held: old.claimed_at.map(|claimed_at| age::age(claimed_at, at)),
         detail,
-        ..plain(event_type, &old.session_id, Some(reason))
+        ..plain(event_type, old, Some(reason))
     };
     event::record(db, event)
 }
@@ -143,14 +153,8 @@ fn ended(
 pub fn protect_open_claim<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
     run(|| {
         let (old, new) = (trigger.old(), trigger.new());
-        if claim::is_opening() {
+        if claim::is_opening() || (old.is_none() && is_restoring()) {
             return Ok(new.or(old).map(|tuple| tuple.into_owned()));
-        }
-        if let (None, Some(tuple)) = (&old, &new) {
-            let claimed_at = tuple.get_by_name::<TimestampWithTimeZone>("claimed_at")?;
-            if claimed_at.is_some_and(|at| is_restored(time::from_server(at))) {
-                return Ok(new.map(|tuple| tuple.into_owned()));
-            }
         }
         Err(ClaimError::DirectWrite {
             code: PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
@@ -166,6 +170,9 @@ pub fn protect_open_claim<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
 pub fn refuse_truncate_while_claimed<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
     run(|| {
         let table = trigger.table_name()?;
+        if time::has_transaction_snapshot() {
+            return Err(ClaimError::NeedsReadCommitted { what: "truncate sessions or claims" });
+        }
         match Db::connect(session::any_holder)? {
             None => Ok(None),
             Some(holder) => Err(ClaimError::DirectWrite {

@@ -2,7 +2,7 @@
 
 use pgrx::prelude::*;
 
-use super::{Row, is_restored, run, session_rows};
+use super::{Row, is_restoring, run, session_rows};
 use crate::spi::{Db, directive};
 
 #[pg_trigger]
@@ -11,7 +11,7 @@ pub fn sync_is_working_on_with_session<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a
         let (old, new) = session_rows(trigger)?;
         let before = old.as_ref().and_then(|row| row.sd_id.as_deref());
         let now = new.as_ref().and_then(|row| row.sd_id.as_deref());
-        let restored = old.is_none() && new.as_ref().is_some_and(|row| is_restored(row.created_at));
+        let restored = old.is_none() && is_restoring();
         if before == now || restored {
             return Ok(None);
         }

@@ -40,7 +40,7 @@ struct SessionRow {
     release_reason: Option<String>,
     lost_claim_id: Option<i64>,
     lost_to: Option<String>,
-    created_at: DateTime<Utc>,
+    heartbeat_at: Option<DateTime<Utc>>,
 }
 
 impl SessionRow {
@@ -63,8 +63,7 @@ impl SessionRow {
             release_reason: text("release_reason")?,
             lost_claim_id: tuple.get_by_name("lost_claim_id")?,
             lost_to: text("lost_to")?,
-            created_at: instant("created_at")?
-                .ok_or_else(not_null("claude_sessions.created_at"))?,
+            heartbeat_at: instant("heartbeat_at")?,
         })
     }
 
@@ -83,8 +82,9 @@ fn session_rows<'a>(
     Ok((old, new))
 }
 
-/// Whether a row that is being inserted was written earlier: then it is being restored from a
-/// dump, which brings what belongs to it along.
-fn is_restored(written_at: DateTime<Utc>) -> bool {
-    written_at < time::transaction_start()
+/// Whether a dump is being restored, whose rows bring along what belongs to them: every script of
+/// pg_dump's begins by turning check_function_bodies off, which nobody else does around writes.
+fn is_restoring() -> bool {
+    // SAFETY: reads a setting of this backend.
+    unsafe { !pgrx::pg_sys::check_function_bodies }
 }

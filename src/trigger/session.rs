@@ -1,11 +1,11 @@
 //! Before a session's row is written: a direct write is made whole, or refused with a reason.
 
-use pg_claims_core::{age, id};
+use pg_claims_core::{age, id, text};
 use pgrx::heap_tuple::PgHeapTuple;
 use pgrx::prelude::*;
 use pgrx::{AllocatedByRust, PgSqlErrorCode};
 
-use super::{Row, SessionRow, is_restored, run};
+use super::{Row, SessionRow, is_restoring, run};
 use crate::error::{ClaimError, Result};
 use crate::spi::claim::{self, Picture};
 use crate::spi::{Db, directive, time};
@@ -20,6 +20,12 @@ pub fn complete_session_write<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
         let Some(tuple) = trigger.new() else {
             return Ok(None);
         };
+        let missing =
+            |column| tuple.get_by_name::<String>(column).is_ok_and(|value| value.is_none());
+        if missing("session_id") || missing("status") {
+            // The table's NOT NULL constraints say it best.
+            return Ok(Some(tuple.into_owned()));
+        }
         let new = SessionRow::read(&tuple)?;
         let whole = match &old {
             None => complete_insert(&new)?,
@@ -40,16 +46,16 @@ fn complete_insert(new: &SessionRow) -> Result<Option<SessionRow>> {
     let Some(sd_id) = &new.sd_id else {
         return Ok(None);
     };
+    if is_restoring() {
+        return Ok(None);
+    }
     if new.claim_id.is_some() {
-        if is_restored(new.created_at) {
-            return Ok(None);
-        }
         return Err(claim_id_is_assigned(new));
     }
     if new.status == "released" {
         return Err(contradiction(new));
     }
-    open_by_hand(new, sd_id, &[]).map(Some)
+    claim_by_hand(new, sd_id, &[]).map(Some)
 }
 
 fn complete_update(old: &SessionRow, new: &SessionRow) -> Result<Option<SessionRow>> {
@@ -87,7 +93,7 @@ fn complete_update(old: &SessionRow, new: &SessionRow) -> Result<Option<SessionR
                 return Err(contradiction(new));
             }
             let given_up: Vec<&str> = old.sd_id.as_deref().into_iter().collect();
-            whole = open_by_hand(new, sd_id, &given_up)?;
+            whole = claim_by_hand(new, sd_id, &given_up)?;
         }
         (Some(sd_id), None) => {
             if new.claim_id.is_none()
@@ -125,14 +131,17 @@ fn let_go(old: &SessionRow, row: &mut SessionRow) {
     if row.status == "active" {
         row.status = "idle".into();
     }
+    row.lost_claim_id = old.claim_id;
+    row.lost_to = None;
     row.released_at = Some(time::now());
     if row.release_reason == old.release_reason || row.release_reason.is_none() {
         row.release_reason = Some(DIRECT_WRITE.into());
     }
 }
 
-/// Opens an acquisition for a claim that was written by hand.
-fn open_by_hand(row: &SessionRow, sd_id: &str, given_up: &[&str]) -> Result<SessionRow> {
+/// Checks a claim that was written by hand and gives it its token and time. The acquisition itself
+/// is opened once the row is written: an INSERT … ON CONFLICT may yet leave this row out.
+fn claim_by_hand(row: &SessionRow, sd_id: &str, given_up: &[&str]) -> Result<SessionRow> {
     Db::connect(|db| {
         let canonical = match claim::look(db, None, sd_id)?.sd {
             Some(sd) => sd.sd_id,
@@ -149,17 +158,16 @@ fn open_by_hand(row: &SessionRow, sd_id: &str, given_up: &[&str]) -> Result<Sess
             Some(sd) if sd.is_terminal => return Err(finished_sd(&picture, sd_id)),
             Some(_) => {}
         }
-        if picture.owner.is_some() {
+        if picture.owner.as_ref().is_some_and(|(owner, _)| owner.session_id != row.session_id) {
             return Err(claimed_by_another(&picture, sd_id));
         }
-        let opened = claim::open(db, &canonical, &row.session_id, row.track.as_deref(), None)?;
-        let Some((claim_id, claimed_at)) = opened else {
-            return Err(claimed_by_another(&claim::look(db, None, &canonical)?, sd_id));
-        };
+        let now = time::now();
         Ok(SessionRow {
             sd_id: Some(canonical),
-            claim_id: Some(claim_id),
-            claimed_at: Some(claimed_at),
+            claim_id: Some(claim::next_id(db)?),
+            claimed_at: Some(now),
+            // A claim is a sign of life.
+            heartbeat_at: row.heartbeat_at.max(Some(now)),
             status: "active".into(),
             lost_claim_id: None,
             lost_to: None,
@@ -179,6 +187,7 @@ fn write(tuple: &mut PgHeapTuple<'_, AllocatedByRust>, row: &SessionRow) -> Resu
     tuple.set_by_name("release_reason", row.release_reason.clone())?;
     tuple.set_by_name("lost_claim_id", row.lost_claim_id)?;
     tuple.set_by_name("lost_to", row.lost_to.clone())?;
+    tuple.set_by_name("heartbeat_at", instant(row.heartbeat_at)?)?;
     tuple.set_by_name("updated_at", time::to_server(time::now())?)?;
     Ok(())
 }
@@ -223,15 +232,15 @@ fn finished_sd(picture: &Picture, sd_id: &str) -> ClaimError {
     }
 }
 
-fn claimed_by_another(picture: &Picture, sd_id: &str) -> ClaimError {
+pub fn claimed_by_another(picture: &Picture, sd_id: &str) -> ClaimError {
     let detail = picture.owner.as_ref().map(|(owner, _)| {
         format!(
             "Session \"{}\" holds it, heartbeat {}, hostname {}, tty {}, codebase {}.",
             owner.session_id,
             age::human(owner.heartbeat_age),
-            owner.hostname.as_deref().unwrap_or("unknown"),
-            owner.tty.as_deref().unwrap_or("unknown"),
-            owner.codebase.as_deref().unwrap_or("unknown"),
+            text::told(&owner.hostname),
+            text::told(&owner.tty),
+            text::told(&owner.codebase),
         )
     });
     ClaimError::DirectWrite {

@@ -45,11 +45,12 @@ pub fn run(layout: &Layout, choice: &Choice) -> Result<()> {
     let lock = Lock::take(layout)?;
     let installation = setup::run(layout, choice)?;
     progress::step("starting a throw-away server");
-    let mut server = Server::create(&installation, &root(layout), &["fsync = off"])?;
+    // Noted first: should this run be killed, `cargo xtask stop` finds what it started.
     std::fs::write(
         pg_config_note(layout),
         installation.pg_config().as_os_str().as_encoded_bytes(),
     )?;
+    let mut server = Server::create(&installation, &root(layout), &["fsync = off"])?;
     drop(lock);
     connect(&server, "postgres")?.batch_execute(&format!("CREATE DATABASE {DATABASE}"))?;
     show(&server)?;
@@ -63,7 +64,7 @@ pub fn run(layout: &Layout, choice: &Choice) -> Result<()> {
 /// Replaces this program by psql on the demo's server.
 pub fn psql(layout: &Layout, arguments: &[String]) -> Result<()> {
     let server = running(layout)?;
-    let error = server.client_program("psql", DATABASE).args(arguments).exec();
+    let error = server.client_program_as_oneself("psql", DATABASE).args(arguments).exec();
     Err(error).context("could not run psql")
 }
 

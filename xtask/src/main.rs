@@ -5,6 +5,7 @@
 
 mod check;
 mod demo;
+mod interrupt;
 mod layout;
 mod lock;
 mod progress;
@@ -32,7 +33,8 @@ enum Command {
     /// Sets everything up, starts a throw-away server and shows two sessions race for one SD.
     Demo {
         /// The PostgreSQL to use: 15 (Debian's), 16 or 18 (from PyPI).
-        #[arg(long, default_value = "15", conflicts_with = "pg_config")]
+        #[arg(long, default_value = "15", conflicts_with = "pg_config",
+              value_parser = setup::provided_version)]
         pg: u16,
         /// Any other PostgreSQL, by its pg_config; the extension is installed into it.
         #[arg(long, value_name = "PATH")]
@@ -49,7 +51,8 @@ enum Command {
     /// Sets everything up and runs every test.
     Test {
         /// The PostgreSQL versions to test on, separated by commas.
-        #[arg(long, value_delimiter = ',', default_value = "15")]
+        /// [default: 15, unless --pg-config names one]
+        #[arg(long, value_delimiter = ',', value_parser = setup::provided_version)]
         pg: Vec<u16>,
         /// Another PostgreSQL to test on, by its pg_config; the extension is installed into it.
         #[arg(long, value_name = "PATH")]
@@ -84,14 +87,9 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Stop => demo::stop(&layout),
         Command::Test { pg, pg_config, arguments } => {
             let mut choices: Vec<_> = pg.into_iter().map(Choice::Version).collect();
-            if let Some(path) = pg_config {
-                // Named alone, it is the only one; `--pg` has a default that nobody asked for.
-                if !std::env::args()
-                    .any(|argument| argument.starts_with("--pg=") || argument == "--pg")
-                {
-                    choices.clear();
-                }
-                choices.push(Choice::PgConfig(path));
+            choices.extend(pg_config.map(Choice::PgConfig));
+            if choices.is_empty() {
+                choices.push(Choice::Version(setup::DEBIAN_VERSION));
             }
             test::run(&layout, &choices, &arguments)
         }

@@ -2,14 +2,11 @@
 
 use std::path::Path;
 use std::process::Command;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
-use pg_claims_tests::{
-    ENV_PG_CONFIG, ENV_SOCKET_DIR, ENV_WORK_DIR, Installation, Server, ServerUser,
-};
+use pg_claims_tests::{ENV_PG_CONFIG, ENV_SOCKET_DIR, ENV_WORK_DIR, Server, ServerUser};
 
+use crate::interrupt;
 use crate::layout::Layout;
 use crate::lock::Lock;
 use crate::progress;
@@ -30,7 +27,7 @@ const TEST_THREADS: usize = 4;
 /// Sets up every chosen server, then tests the rules alone and the extension on each server.
 pub fn run(layout: &Layout, choices: &[Choice], arguments: &[String]) -> Result<()> {
     let _lock = Lock::take(layout)?;
-    let interrupted = stop_on_interrupt()?;
+    interrupt::watch()?;
     let mut results = Vec::new();
 
     progress::step("testing the rules that need no server");
@@ -38,12 +35,13 @@ pub fn run(layout: &Layout, choices: &[Choice], arguments: &[String]) -> Result<
     results.push(("the rules".to_owned(), rules));
 
     for choice in choices {
-        if interrupted.load(Ordering::Relaxed) {
-            bail!("interrupted");
-        }
-        let installation = setup::run(layout, choice)?;
-        progress::step(format_args!("testing on {choice}"));
-        let passed = on_server(layout, &installation, arguments)?;
+        // What went wrong with one server says nothing about the next.
+        let passed = on_choice(layout, choice, arguments);
+        interrupt::check()?;
+        let passed = passed.unwrap_or_else(|error| {
+            eprintln!("\nerror: {error:#}");
+            false
+        });
         results.push((choice.to_string(), passed));
     }
 
@@ -57,26 +55,23 @@ pub fn run(layout: &Layout, choices: &[Choice], arguments: &[String]) -> Result<
     Ok(())
 }
 
-/// An interrupt goes to the whole group of processes: the test runner ends by it, and this program
-/// goes on to stop the server.
-fn stop_on_interrupt() -> Result<Arc<AtomicBool>> {
-    let interrupted = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&interrupted);
-    ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed))
-        .context("could not watch for an interrupt")?;
-    Ok(interrupted)
-}
-
-fn on_server(layout: &Layout, installation: &Installation, arguments: &[String]) -> Result<bool> {
-    let server = Server::create(installation, &layout.servers().join("test-server"), &SETTINGS)?;
+fn on_choice(layout: &Layout, choice: &Choice, arguments: &[String]) -> Result<bool> {
+    let installation = setup::run(layout, choice)?;
+    interrupt::check()?;
+    progress::step(format_args!("testing on {choice}"));
+    // Servers that single tests start: those of a killed run are still there.
     let work_dir = layout.servers().join("test-work");
+    Server::remove_leftovers(&installation, &work_dir)?;
     ServerUser::create_shared_dir(&work_dir)?;
+    let server = Server::create(&installation, &layout.servers().join("test-server"), &SETTINGS)?;
     let environment = [
         (ENV_PG_CONFIG, installation.pg_config()),
         (ENV_SOCKET_DIR, server.socket_dir()),
         (ENV_WORK_DIR, work_dir.as_path()),
     ];
-    cargo_test(layout, "pg_claims-tests", arguments, &environment)
+    let passed = cargo_test(layout, "pg_claims-tests", arguments, &environment);
+    Server::remove_leftovers(&installation, &work_dir)?;
+    passed
 }
 
 fn cargo_test(
@@ -85,15 +80,14 @@ fn cargo_test(
     arguments: &[String],
     environment: &[(&str, &Path)],
 ) -> Result<bool> {
-    let status = Command::new(env!("CARGO"))
+    let mut command = Command::new(env!("CARGO"));
+    command
         .args(["test", "--quiet", "--package", package, "--"])
         .args(arguments)
         .envs(environment.iter().copied())
         // A failed assertion says what it found; a backtrace through the runner says nothing more.
         .env("RUST_BACKTRACE", "0")
         .env("RUST_TEST_THREADS", TEST_THREADS.to_string())
-        .current_dir(layout.root())
-        .status()
-        .context("could not run cargo test")?;
-    Ok(status.success())
+        .current_dir(layout.root());
+    Ok(interrupt::run_with_descendants(&mut command).context("cargo test")?.success())
 }

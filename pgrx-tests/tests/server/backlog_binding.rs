@@ -290,6 +290,7 @@ fn what_cannot_be_bound_is_refused_with_a_reason() {
     c.batch_execute(
         "CREATE TABLE twice (key text, is_working_on text, active_session_id varchar(20), rank text, dependencies text, created_at text);
          INSERT INTO twice VALUES ('same'), ('same');
+         CREATE TABLE padded (key text PRIMARY KEY, status char(12));
          CREATE MATERIALIZED VIEW frozen AS SELECT * FROM twice",
     )
     .unwrap();
@@ -311,6 +312,9 @@ fn what_cannot_be_bound_is_refused_with_a_reason() {
             "42804",
             "active_session_id",
         ),
+        ("bind_directives('claude_sessions', '{session_id}')".into(), "42809", "own"),
+        ("bind_directives('twice', '{key,key}')".into(), "22023", ""),
+        ("bind_directives('padded', '{key}')".into(), "42804", "status"),
         ("bind_directives('twice', '{}')".into(), "22023", ""),
         ("bind_directives('twice', NULL)".into(), "22023", ""),
         ("bind_directives(NULL, '{key}')".into(), "22023", ""),
@@ -346,5 +350,47 @@ fn the_own_backlog_rests_while_another_is_bound() {
     )
     .unwrap();
     assert_eq!(beat(&mut c, "s1")["sd_id"], "SD-3");
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn a_renamed_column_is_reported_rather_than_overlooked() {
+    let (_db, mut c) = bound();
+    granted(&mut c, "SD-1", "s1");
+    c.batch_execute(r#"ALTER TABLE "Product"."Work Items" RENAME COLUMN status TO state"#).unwrap();
+    for statement in [
+        r#"UPDATE "Product"."Work Items" SET state = 'completed' WHERE sd_key = 'SD-1'"#,
+        r#"DELETE FROM "Product"."Work Items" WHERE sd_key = 'SD-1'"#,
+        "SELECT claim_sd('SD-3', 's2')",
+    ] {
+        let error = c.batch_execute(statement).unwrap_err();
+        assert_eq!(sqlstate(&error), "42703", "{statement}: {error:?}");
+        assert!(hint(&error).contains("bind_directives()"), "{}", hint(&error));
+    }
+    c.batch_execute(
+        r#"SELECT bind_directives('"Product"."Work Items"', '{sd_key,legacy_id}', p_status_column => 'state');
+           UPDATE "Product"."Work Items" SET state = 'completed' WHERE sd_key = 'SD-1'"#,
+    )
+    .unwrap();
+    assert_eq!(release(&mut c, "s1")["error"], "no_claim");
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn rows_of_inheriting_tables_are_not_sds_of_the_bound_one() {
+    let (_db, mut c) = coordinated();
+    c.batch_execute(
+        r#"CREATE SCHEMA "my.schema";
+           CREATE TABLE "my.schema".parent (id uuid, name varchar(20), is_working_on boolean);
+           CREATE TABLE child () INHERITS ("my.schema".parent);
+           INSERT INTO "my.schema".parent VALUES ('00000000-0000-0000-0000-00000000000a', 'p', false);
+           INSERT INTO child VALUES ('00000000-0000-0000-0000-00000000000a', 'c', false);
+           SELECT bind_directives('"my.schema".parent', '{id,name}')"#,
+    )
+    .unwrap();
+    granted(&mut c, "p", "s1");
+    assert_eq!(claim(&mut c, "c", "s2")["error"], "sd_not_found");
+    assert_eq!(count(&mut c, "SELECT count(*) FROM v_active_sessions WHERE session_id = 's1'"), 1);
+    assert_eq!(count(&mut c, "SELECT count(*) FROM child WHERE is_working_on"), 0);
     assert_in_step(&mut c);
 }

@@ -198,3 +198,118 @@ fn history_of_ended_claims_may_be_pruned_by_hand() {
     assert_eq!(beat(&mut c, "s1")["lost_claim"], Value::Null);
     assert_eq!(claim(&mut c, "SD-2", "s2")["claimed_by"], "s1");
 }
+
+#[test]
+fn an_upsert_that_updates_or_leaves_out_the_row_claims_only_what_it_writes() {
+    let (_db, mut c) = coordinated();
+    granted(&mut c, "SD-2", "s2");
+    for (upsert, holds) in [
+        ("ON CONFLICT DO NOTHING", None),
+        ("ON CONFLICT (session_id) DO UPDATE SET tty = 'x'", None),
+        ("ON CONFLICT (session_id) DO UPDATE SET sd_id = EXCLUDED.sd_id", Some("SD-1")),
+        // Once more, as a client does that saves what it knows.
+        (
+            "ON CONFLICT (session_id) DO UPDATE SET sd_id = EXCLUDED.sd_id, hostname = 'h'",
+            Some("SD-1"),
+        ),
+    ] {
+        c.batch_execute(&format!(
+            "INSERT INTO claude_sessions (session_id, sd_id) VALUES ('s1', 'SD-1') {upsert}"
+        ))
+        .unwrap();
+        assert_in_step(&mut c);
+        assert_eq!(beat(&mut c, "s1")["sd_id"].as_str(), holds, "{upsert}");
+    }
+    assert_eq!(count(&mut c, "SELECT count(*) FROM sd_claims WHERE sd_id = 'SD-1'"), 1);
+    release(&mut c, "s1");
+    assert_eq!(claim(&mut c, "SD-1", "s3")["success"], true);
+}
+
+#[test]
+fn a_row_that_brings_its_own_dates_is_treated_like_any_other() {
+    let (_db, mut c) = coordinated();
+    c.batch_execute(
+        "INSERT INTO claude_sessions (session_id, sd_id, created_at) VALUES ('dated', 'SD-1', now() - interval '1 year');
+         INSERT INTO strategic_directives_v2 (sd_id, is_working_on, active_session_id, created_at)
+         VALUES ('SD-OLD', true, 'ghost', now() - interval '1 year')",
+    )
+    .unwrap();
+    assert_in_step(&mut c);
+    assert_eq!(events(&mut c, "dated"), ["registered", "claimed"]);
+    let error = c
+        .batch_execute(
+            "INSERT INTO claude_sessions (session_id, sd_id, claim_id, claimed_at, status, created_at)
+             VALUES ('forged', 'SD-2', 999, now(), 'active', now() - interval '1 year')",
+        )
+        .unwrap_err();
+    assert_eq!(sqlstate(&error), "428C9");
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn a_claim_by_hand_is_a_sign_of_life() {
+    let (_db, mut c) = coordinated();
+    age_heartbeat(&mut c, "s1", "1 day");
+    c.batch_execute("UPDATE claude_sessions SET sd_id = 'SD-1' WHERE session_id = 's1'").unwrap();
+    assert_eq!(claim(&mut c, "SD-1", "s2")["claimed_by"], "s1");
+}
+
+#[test]
+fn what_is_missing_or_infinite_is_refused_by_the_table() {
+    let (_db, mut c) = coordinated();
+    granted(&mut c, "SD-1", "s1");
+    for (write, code) in [
+        ("INSERT INTO claude_sessions (session_id, status) VALUES ('n', NULL)", "23502"),
+        ("INSERT INTO claude_sessions (session_id) VALUES (NULL)", "23502"),
+        ("UPDATE claude_sessions SET status = NULL WHERE session_id = 's1'", "23502"),
+        ("UPDATE claude_sessions SET heartbeat_at = 'infinity' WHERE session_id = 's1'", "23514"),
+        ("UPDATE claude_sessions SET heartbeat_at = '-infinity' WHERE session_id = 's1'", "23514"),
+        ("UPDATE claude_sessions SET silent_until = 'infinity' WHERE session_id = 's1'", "23514"),
+    ] {
+        let error = c.batch_execute(write).unwrap_err();
+        assert_eq!(sqlstate(&error), code, "{write}: {error:?}");
+    }
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn the_loser_of_a_write_by_hand_is_told_by_its_next_heartbeat() {
+    let (_db, mut c) = coordinated();
+    for (end, reason) in [
+        ("UPDATE claude_sessions SET sd_id = NULL WHERE session_id = 's1'", "direct_write"),
+        (
+            "UPDATE strategic_directives_v2 SET status = 'completed' WHERE sd_id = 'SD-1'",
+            "sd_completed",
+        ),
+        ("DELETE FROM strategic_directives_v2 WHERE sd_id = 'SD-2'", "sd_deleted"),
+    ] {
+        let sd = if reason == "sd_deleted" { "SD-2" } else { "SD-1" };
+        let lost = granted(&mut c, sd, "s1");
+        c.batch_execute(end).unwrap();
+        let heartbeat = beat(&mut c, "s1");
+        assert_eq!(heartbeat["lost_claim"]["claim_id"], lost, "{end}: {heartbeat}");
+        assert_eq!(heartbeat["lost_claim"]["reason"], reason);
+        assert_in_step(&mut c);
+    }
+    granted(&mut c, "SD-3", "s1");
+    release(&mut c, "s1");
+    assert!(beat(&mut c, "s1").get("lost_claim").is_none(), "it let go itself");
+}
+
+#[test]
+fn a_switch_is_one_event_that_tells_of_both_sides() {
+    let (_db, mut c) = coordinated();
+    let first = granted(&mut c, "SD-1", "s1");
+    let second = granted(&mut c, "SD-2", "s1");
+    let event = pg_claims_tests::json(
+        &mut c,
+        "SELECT to_jsonb(e) FROM session_lifecycle_events e WHERE event_type = 'switched'",
+        &[],
+    );
+    assert_eq!(event["sd_id"], "SD-2");
+    assert_eq!(event["claim_id"], second);
+    assert_eq!(event["reason"], "switched");
+    assert!(event["held_seconds"].is_number(), "{event}");
+    assert_eq!(event["detail"]["released_sd"], "SD-1");
+    assert_eq!(event["detail"]["released_claim_id"], first);
+}

@@ -112,3 +112,33 @@ fn a_late_attempt_under_a_reused_name_is_matched_by_claim_id() {
         true
     );
 }
+
+#[test]
+fn metadata_keeps_every_digit() {
+    let (_db, mut c) = coordinated();
+    let given =
+        r#"{"big": 123456789012345678901234567890, "money": 1.10, "huge": 1e400, "tiny": 1e-400}"#;
+    for _ in 0..2 {
+        c.query(&format!("SELECT register_session('m', p_metadata => '{given}')"), &[]).unwrap();
+        let same = value(
+            &mut c,
+            &format!(
+                "SELECT metadata::text = '{given}'::jsonb::text FROM claude_sessions WHERE session_id = 'm'"
+            ),
+        );
+        assert_eq!(same.as_deref(), Some("true"));
+    }
+    let told =
+        value(&mut c, &format!("SELECT register_session('m')->'metadata' = '{given}'::jsonb"));
+    assert_eq!(told.as_deref(), Some("true"));
+}
+
+#[test]
+fn a_session_that_comes_back_has_no_end() {
+    let (_db, mut c) = coordinated();
+    json(&mut c, "SELECT end_session('s1', 'logout')", &[]);
+    register(&mut c, "s1");
+    let end =
+        "SELECT concat(released_at, release_reason) FROM claude_sessions WHERE session_id = 's1'";
+    assert_eq!(value(&mut c, end).as_deref(), Some(""));
+}

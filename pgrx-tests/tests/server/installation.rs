@@ -103,3 +103,24 @@ fn a_transaction_pooler_may_give_every_statement_another_connection() {
     assert_eq!(crate::support::release(&mut c, "s1")["released_sd"], "SD-2");
     crate::support::assert_in_step(&mut c);
 }
+
+#[test]
+fn a_database_in_another_encoding_is_refused() {
+    let db = TestDb::empty();
+    let mut c = db.connect();
+    let name = format!("{}_latin1", db.name());
+    c.batch_execute(&format!(
+        "CREATE DATABASE {name} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0"
+    ))
+    .unwrap();
+    let refused = db
+        .config()
+        .dbname(&name)
+        .connect(postgres::NoTls)
+        .unwrap()
+        .batch_execute("CREATE EXTENSION pg_claims");
+    c.batch_execute(&format!("DROP DATABASE {name} WITH (FORCE)")).unwrap();
+    let error = refused.unwrap_err();
+    assert_eq!(sqlstate(&error), "0A000");
+    assert!(pg_claims_tests::hint(&error).contains("UTF8"));
+}

@@ -75,3 +75,62 @@ fn a_claim_is_undone_with_its_savepoint() {
     c.batch_execute("COMMIT").unwrap();
     assert_in_step(&mut c);
 }
+
+#[test]
+fn finishing_on_an_old_snapshot_never_leaves_a_finished_sd_claimed() {
+    for level in LEVELS {
+        for mirror in ["is_working_on boolean", "note text"] {
+            for finish in [
+                "UPDATE mine SET status = 'completed'",
+                "DELETE FROM mine",
+                "UPDATE mine SET key = 'renamed'",
+            ] {
+                let (db, mut c) = coordinated();
+                c.batch_execute(&format!(
+                    "CREATE TABLE mine (key text PRIMARY KEY, status text, {mirror});
+                     INSERT INTO mine VALUES ('M-1', 'open');
+                     SELECT bind_directives('mine', '{{key}}')"
+                ))
+                .unwrap();
+                let mut finisher = db.connect();
+                finisher
+                    .batch_execute(&format!(
+                        "BEGIN ISOLATION LEVEL {level}; SELECT 1 FROM claude_sessions"
+                    ))
+                    .unwrap();
+                granted(&mut c, "M-1", "s1");
+                let error = finisher.batch_execute(finish).unwrap_err();
+                assert_eq!(sqlstate(&error), "40001", "{level}, {mirror}: {finish}: {error:?}");
+                finisher.batch_execute("ROLLBACK").unwrap();
+                assert_in_step(&mut c);
+                // Without a claim in between it goes through.
+                release(&mut c, "s1");
+                finisher
+                    .batch_execute(&format!("BEGIN ISOLATION LEVEL {level}; {finish}; COMMIT"))
+                    .unwrap();
+                assert_in_step(&mut c);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_must_see_all_claims_wants_read_committed() {
+    for level in LEVELS {
+        let (_db, mut c) = coordinated();
+        c.batch_execute("CREATE TABLE mine (key text PRIMARY KEY)").unwrap();
+        for statement in [
+            "SELECT bind_directives('mine', '{key}')",
+            "SELECT unbind_directives()",
+            "TRUNCATE claude_sessions",
+            "TRUNCATE sd_claims",
+            "TRUNCATE strategic_directives_v2",
+        ] {
+            c.batch_execute(&format!("BEGIN ISOLATION LEVEL {level}")).unwrap();
+            let error = c.batch_execute(statement).unwrap_err();
+            assert_eq!(sqlstate(&error), "0A000", "{statement}");
+            assert!(pg_claims_tests::hint(&error).contains("READ COMMITTED"));
+            c.batch_execute("ROLLBACK").unwrap();
+        }
+    }
+}

@@ -47,3 +47,49 @@ fn the_mirror_rolls_back_with_the_claim() {
     assert_eq!(value(&mut c, WORKING), None);
     assert_in_step(&mut c);
 }
+
+#[test]
+fn what_other_triggers_write_there_becomes_what_the_claims_say() {
+    let (_db, mut c) = coordinated();
+    c.batch_execute(
+        "CREATE TABLE elsewhere (n integer);
+         CREATE FUNCTION meddle() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+             UPDATE strategic_directives_v2 SET is_working_on = NOT is_working_on, active_session_id = 'ghost'
+              WHERE sd_id IN ('SD-1', 'SD-2');
+             RETURN NULL; END $$;
+         CREATE TRIGGER meddle AFTER INSERT ON elsewhere FOR EACH ROW EXECUTE FUNCTION meddle()",
+    )
+    .unwrap();
+    granted(&mut c, "SD-1", "s1");
+    c.batch_execute("INSERT INTO elsewhere VALUES (1)").unwrap();
+    assert_in_step(&mut c);
+    // Also while the mirror itself is being written.
+    c.batch_execute(
+        "CREATE FUNCTION meddle_too() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+             NEW.is_working_on := NOT NEW.is_working_on; NEW.active_session_id := 'ghost';
+             IF NEW.sd_id = 'SD-3' THEN
+                 UPDATE strategic_directives_v2 SET is_working_on = true WHERE sd_id = 'SD-4';
+             END IF;
+             RETURN NEW; END $$;
+         CREATE TRIGGER meddle_too BEFORE UPDATE ON strategic_directives_v2 FOR EACH ROW EXECUTE FUNCTION meddle_too()",
+    )
+    .unwrap();
+    granted(&mut c, "SD-3", "s1");
+    assert_in_step(&mut c);
+    release(&mut c, "s1");
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn a_trigger_that_swallows_the_mirror_s_update_is_reported() {
+    let (_db, mut c) = coordinated();
+    c.batch_execute(
+        "CREATE FUNCTION swallow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;
+         CREATE TRIGGER swallow BEFORE UPDATE ON strategic_directives_v2 FOR EACH ROW EXECUTE FUNCTION swallow()",
+    )
+    .unwrap();
+    let error = c.query("SELECT claim_sd('SD-1', 's1')", &[]).unwrap_err();
+    assert_eq!(pg_claims_tests::sqlstate(&error), "09000");
+    assert!(pg_claims_tests::hint(&error).contains("BEFORE"));
+    assert_in_step(&mut c);
+}

@@ -14,7 +14,8 @@ fn crowded() -> (TestDb, Client) {
     let mut c = db.connect();
     // As restored from a dump, so that filling does not take minutes.
     c.batch_execute(&format!(
-        "INSERT INTO strategic_directives_v2 (sd_id, title, is_working_on, active_session_id, created_at)
+        "SET check_function_bodies = off;
+         INSERT INTO strategic_directives_v2 (sd_id, title, is_working_on, active_session_id, created_at)
          SELECT 'SD-' || n, 'Directive ' || n, n % 2 = 0, CASE WHEN n % 2 = 0 THEN 'session-' || n END, now() - interval '1 day'
            FROM generate_series(1, {ROWS}) n;
          INSERT INTO sd_claims (claim_id, sd_id, session_id, claimed_at)
@@ -25,6 +26,7 @@ fn crowded() -> (TestDb, Client) {
                 CASE WHEN n % 2 = 0 THEN now() - interval '1 day' END,
                 CASE WHEN n % 2 = 0 THEN 'active' ELSE 'idle' END, now() - interval '1 day'
            FROM generate_series(1, {ROWS}) n;
+         RESET check_function_bodies;
          ANALYZE"
     ))
     .unwrap();

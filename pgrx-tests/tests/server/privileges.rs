@@ -96,7 +96,9 @@ fn each_level_opens_what_it_says_and_nothing_more() {
                 SELECT sd_start('SD-1', 'mine'); SELECT update_session_heartbeat('mine');
                 SELECT release_sd('mine'); SELECT end_session('mine')";
     let operate = "SELECT * FROM claude_sessions; SELECT * FROM sd_claims;
-                   SELECT * FROM session_lifecycle_events; SELECT release_sd('s1')";
+                   SELECT * FROM session_lifecycle_events; SELECT release_sd('s1');
+                   INSERT INTO strategic_directives_v2 (sd_id) VALUES ('X');
+                   DELETE FROM strategic_directives_v2 WHERE sd_id = 'X'";
     for (level, expected) in [
         ("viewer", [true, false, false]),
         ("worker", [true, true, false]),
@@ -111,7 +113,6 @@ fn each_level_opens_what_it_says_and_nothing_more() {
             "UPDATE claude_sessions SET tty = NULL",
             "DELETE FROM sd_claims",
             "TRUNCATE session_lifecycle_events",
-            "INSERT INTO strategic_directives_v2 VALUES ('X')",
             "SELECT grant_coordination('postgres', 'none')",
         ] {
             assert!(!may(&mut c, write), "{level} may {write}");
@@ -286,4 +287,80 @@ fn an_application_without_any_grant_can_finish_an_sd_of_its_own_backlog() {
     db.connect_as(&app).batch_execute("UPDATE work SET status = 'completed'").unwrap();
     assert_eq!(release(&mut owner, "s1")["error"], "no_claim");
     assert_in_step(&mut owner);
+}
+
+#[test]
+fn default_privileges_open_nothing() {
+    let db = TestDb::empty();
+    let anon = db.role("anon");
+    let mut owner = db.connect();
+    owner
+        .batch_execute(&format!(
+            "ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT ALL ON FUNCTIONS TO {anon}, public;
+             ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT ALL ON TABLES TO {anon}, public;
+             ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT ALL ON SEQUENCES TO {anon}, public;
+             CREATE EXTENSION pg_claims"
+        ))
+        .unwrap();
+    let mut c = db.connect_as(&anon);
+    for call in CALLS {
+        let error = c.query(&format!("SELECT {call}"), &[]).unwrap_err();
+        assert_eq!(sqlstate(&error), "42501", "{call}");
+    }
+    for relation in RELATIONS {
+        let error = c.batch_execute(&format!("SELECT FROM {relation}")).unwrap_err();
+        assert_eq!(sqlstate(&error), "42501", "{relation}");
+    }
+    let error = c.query("SELECT nextval('sd_claims_claim_id_seq')", &[]).unwrap_err();
+    assert_eq!(sqlstate(&error), "42501");
+}
+
+#[test]
+fn a_backlog_owner_s_trigger_cannot_lead_the_extension_astray() {
+    let (db, mut owner) = coordinated();
+    let tenant = tenant(&db, &mut owner);
+    let mut t = db.connect_as(&tenant);
+    // The trigger leaves a search_path behind in which "=" is the tenant's.
+    owner.batch_execute(&format!("CREATE SCHEMA trap AUTHORIZATION {tenant}")).unwrap();
+    t.batch_execute(
+        "CREATE TABLE theirs (key text PRIMARY KEY, title text, is_working_on boolean);
+         INSERT INTO theirs VALUES ('T-1', 'one'), ('T-2', 'two');
+         CREATE TABLE trap.sprung (by name);
+         CREATE FUNCTION trap.eq(text, text) RETURNS boolean LANGUAGE plpgsql AS
+           $$ BEGIN INSERT INTO trap.sprung VALUES (current_user); RETURN $1 OPERATOR(pg_catalog.=) $2; END $$;
+         CREATE OPERATOR trap.= (LEFTARG = text, RIGHTARG = text, FUNCTION = trap.eq);
+         CREATE FUNCTION lure() RETURNS trigger LANGUAGE plpgsql AS
+           $$ BEGIN PERFORM pg_catalog.set_config('search_path', 'trap, pg_catalog', false); RETURN NEW; END $$;
+         CREATE TRIGGER lure BEFORE UPDATE ON theirs FOR EACH ROW EXECUTE FUNCTION lure();
+         SELECT bind_directives('theirs', '{key}')",
+    )
+    .unwrap();
+    let path = value(&mut owner, "SELECT current_setting('search_path')");
+    for sd in ["T-1", "T-2"] {
+        owner.query(&format!("SELECT sd_start('{sd}', 's1')"), &[]).unwrap();
+    }
+    age_heartbeat(&mut owner, "s1", "1 hour");
+    granted(&mut owner, "T-2", "s2");
+    release(&mut owner, "s2");
+    assert_eq!(count(&mut owner, "SELECT count(*) FROM trap.sprung"), 0);
+    assert_eq!(value(&mut owner, "SELECT current_setting('search_path')"), path);
+}
+
+#[test]
+fn a_backlog_owner_s_trigger_finds_what_lies_beside_the_table() {
+    let (_db, mut c) = coordinated();
+    c.batch_execute(
+        "CREATE SCHEMA app; SET search_path = app, public;
+         CREATE TABLE app.work (key text PRIMARY KEY, is_working_on boolean);
+         CREATE TABLE app.log (line text);
+         CREATE FUNCTION app.note() RETURNS trigger LANGUAGE plpgsql AS
+           $$ BEGIN INSERT INTO log VALUES (NEW.key); RETURN NULL; END $$;
+         CREATE TRIGGER note AFTER UPDATE ON app.work FOR EACH ROW EXECUTE FUNCTION app.note();
+         INSERT INTO app.work VALUES ('W-1');
+         SELECT bind_directives('app.work', '{key}');
+         SET search_path = public",
+    )
+    .unwrap();
+    granted(&mut c, "W-1", "s1");
+    assert_eq!(count(&mut c, "SELECT count(*) FROM app.log"), 1);
 }

@@ -260,3 +260,57 @@ fn binding_keeps_claims_out_but_not_heartbeats() {
     );
     assert_in_step(&mut binder);
 }
+
+#[test]
+fn nobody_is_evicted_for_a_claim_that_is_refused_in_the_end() {
+    let (db, mut c) = coordinated();
+    let held = granted(&mut c, "SD-1", "s1");
+    age_heartbeat(&mut c, "s1", "1 hour");
+    c.batch_execute("BEGIN").unwrap();
+    json(&mut c, "SELECT end_session('s2')", &[]);
+    let (_, taker) = blocked_claim(&db, "SD-1", "s2");
+    c.batch_execute("COMMIT").unwrap();
+    assert_eq!(taker.join().unwrap().unwrap()["error"], "session_released");
+    assert_eq!(beat(&mut c, "s1")["claim_id"], held);
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn a_column_that_changes_its_type_while_binding_waits_is_seen() {
+    let (db, mut c) = coordinated();
+    c.batch_execute("CREATE TABLE mine (key text PRIMARY KEY, status text); INSERT INTO mine VALUES ('M-1', 'open')")
+        .unwrap();
+    let mut changer = db.connect();
+    changer.batch_execute("BEGIN; ALTER TABLE mine ALTER status TYPE char(10)").unwrap();
+    let (_, binder) = blocked(&db, |client| {
+        client.query("SELECT bind_directives('mine', '{key}')", &[]).map(|_| ())
+    });
+    changer.batch_execute("COMMIT").unwrap();
+    assert_eq!(sqlstate(&binder.join().unwrap().unwrap_err()), "42804");
+}
+
+#[test]
+fn a_lock_that_was_waited_for_may_come_with_a_changed_catalogue() {
+    let (db, mut c) = coordinated();
+    let tenant = db.role("tenant");
+    c.batch_execute(&format!(
+        "CREATE TABLE theirs (key text PRIMARY KEY, is_working_on boolean);
+         INSERT INTO theirs VALUES ('A'), ('B');
+         ALTER TABLE theirs OWNER TO {tenant};
+         SELECT bind_directives('theirs', '{{key}}')"
+    ))
+    .unwrap();
+    granted(&mut c, "A", "s1");
+    let mut changer = db.connect();
+    changer
+        .batch_execute("BEGIN; LOCK TABLE theirs IN EXCLUSIVE MODE; CREATE INDEX ON claude_sessions (hostname)")
+        .unwrap();
+    let (_, switch) = blocked_claim(&db, "B", "s1");
+    changer.batch_execute("COMMIT").unwrap();
+    assert_eq!(switch.join().unwrap().unwrap()["released_sd"], "A");
+    assert_in_step(&mut c);
+    // The table must go before its owner can.
+    c.batch_execute("SELECT unbind_directives()").unwrap_err();
+    release(&mut c, "s1");
+    c.batch_execute("SELECT unbind_directives(); DROP TABLE theirs").unwrap();
+}

@@ -122,7 +122,7 @@ fn judge(
     Ok(Verdict::Take { sd_id: sd.sd_id, gives_up: session.claim, stale_owner })
 }
 
-/// Writes the claim. `None` when something changed since the look, and nothing is left behind.
+/// Writes the claim. `None` when something changed since the look; then nothing is left behind.
 fn take(
     db: &Db<'_>,
     sd_id: &str,
@@ -131,17 +131,24 @@ fn take(
     gives_up: Option<(String, i64)>,
     stale_owner: Option<Owner>,
 ) -> Result<Option<Claimed>> {
-    if let Some(owner) = &stale_owner
-        && !expire(db, owner, session_id)?
-    {
-        return Ok(None);
+    let held = gives_up.as_ref().map(|(_, claim_id)| *claim_id);
+    if let Some(owner) = &stale_owner {
+        // Its own session is locked before the owner loses anything: nobody is evicted for a claim
+        // that is refused in the end.
+        if !hold_session(db, session_id, held)? || !expire(db, owner, session_id)? {
+            return Ok(None);
+        }
     }
     let took_over = stale_owner.as_ref().map(|owner| owner.claim_id);
     let Some((claim_id, claimed_at)) = history::open(db, sd_id, session_id, track, took_over)?
     else {
-        return Ok(None);
+        return match stale_owner {
+            None => Ok(None),
+            // The SD is locked and its owner has just lost it: an acquisition that is still open
+            // belongs to nobody. The error undoes the takeover.
+            Some(_) => Err(ClaimError::Unsettled { sd_id: sd_id.to_owned() }),
+        };
     };
-    let held = gives_up.as_ref().map(|(_, claim_id)| *claim_id);
     if !grant(db, sd_id, session_id, track, claim_id, claimed_at, held)? {
         history::discard(db, claim_id)?;
         return Ok(None);
@@ -175,6 +182,24 @@ static TOUCH: Statement = Statement::new(
 /// A claim is a sign of life.
 fn touch(db: &Db<'_>, session_id: &str, claim_id: i64) -> Result<bool> {
     Ok(db.first_row(&TOUCH, &[session_id.into(), claim_id.into()])?.is_some())
+}
+
+static HOLD_SESSION: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT 1 FROM {}.claude_sessions
+              WHERE session_id = $1 AND status <> 'released'
+                AND claim_id IS NOT DISTINCT FROM $2
+                FOR NO KEY UPDATE",
+            c.schema
+        )
+    },
+    &[TEXTOID, INT8OID],
+);
+
+/// Locks the session while it still holds `held` and nothing else.
+fn hold_session(db: &Db<'_>, session_id: &str, held: Option<i64>) -> Result<bool> {
+    Ok(db.first_row(&HOLD_SESSION, &[session_id.into(), held.into()])?.is_some())
 }
 
 // Waits for a heartbeat that is being written, then compares against the row as that left it: a

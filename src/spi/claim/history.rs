@@ -75,6 +75,56 @@ pub fn open(
     )))
 }
 
+static NEXT_ID: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT pg_catalog.nextval('{}.sd_claims_claim_id_seq'::pg_catalog.regclass)",
+            c.schema.replace('\'', "''")
+        )
+    },
+    &[],
+);
+
+/// The next fencing token.
+pub fn next_id(db: &Db<'_>) -> Result<i64> {
+    db.run(&NEXT_ID, &[])?.first().required_bigint(1, "sd_claims_claim_id_seq")
+}
+
+static OPEN_AS: Statement = Statement::new(
+    |c| {
+        format!(
+            "INSERT INTO {x}.sd_claims
+                    (claim_id, claimed_at, sd_id, session_id, track, hostname, codebase)
+             SELECT $1, $2, $3, $4, $5, s.hostname, s.codebase
+               FROM {x}.claude_sessions s WHERE s.session_id = $4
+             ON CONFLICT (sd_id) WHERE released_at IS NULL DO NOTHING
+          RETURNING 1",
+            x = c.schema
+        )
+    },
+    &[INT8OID, TIMESTAMPTZOID, TEXTOID, TEXTOID, TEXTOID],
+);
+
+/// Opens an acquisition of a given token for a session whose row holds it already. False when
+/// another one is open.
+pub fn open_as(
+    db: &Db<'_>,
+    claim_id: i64,
+    claimed_at: DateTime<Utc>,
+    sd_id: &str,
+    session_id: &str,
+    track: Option<&str>,
+) -> Result<bool> {
+    let arguments = [
+        claim_id.into(),
+        time::to_server(claimed_at)?.into(),
+        sd_id.into(),
+        session_id.into(),
+        track.into(),
+    ];
+    Ok(db.first_row(&OPEN_AS, &arguments)?.is_some())
+}
+
 static DISCARD: Statement = Statement::new(
     |c| format!("DELETE FROM {}.sd_claims WHERE claim_id = $1", c.schema),
     &[INT8OID],

@@ -5,7 +5,7 @@ mod history;
 mod picture;
 
 pub use acquire::acquire;
-pub use history::{close, is_opening, lost, open};
+pub use history::{close, discard, is_opening, lost, next_id, open, open_as};
 pub use picture::{Picture, look};
 
 use std::cell::Cell;

@@ -62,6 +62,9 @@ static PICTURE: Statement = Statement::new(
 
 /// Looks, without waiting for anybody and without writing anything.
 pub fn look(db: &Db<'_>, session_id: Option<&str>, sd_id: &str) -> Result<Picture> {
+    if let Some(backlog) = &db.catalog()?.backlog {
+        backlog.usable()?;
+    }
     let row = db.run(&PICTURE, &[session_id.into(), sd_id.into()])?.first();
     let at = time::now();
     let session = match row.text(1)? {

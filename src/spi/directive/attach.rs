@@ -87,7 +87,7 @@ fn view_of(b: &Backlog, schema: &str) -> String {
         rank = column(&c.rank, "numeric"),
         parent = b.text(&c.parent),
         is_terminal = b.is_terminal(),
-        table = b.table,
+        table = b.from,
     )
 }
 
@@ -119,11 +119,9 @@ pub fn attach_triggers(db: &Db<'_>, backlog: &Backlog, schema: &str) -> Result<(
     if mirror.is_empty() {
         return Ok(());
     }
-    // At depth 0 the write is the user's own; what the extension writes comes from a trigger.
-    const BY_HAND: &str = "pg_catalog.pg_trigger_depth() = 0";
-    let inserted = format!("ROW WHEN ({BY_HAND})");
-    let rewritten = format!("ROW WHEN ({BY_HAND} AND ({}))", differ(&mirror));
-    create(mirror_insert, "BEFORE INSERT", &inserted, "keep_directive_mirror")?;
+    // Also for writes of other triggers; the extension's own are known by their target.
+    create(mirror_insert, "BEFORE INSERT", "ROW", "keep_directive_mirror")?;
+    let rewritten = format!("ROW WHEN ({})", differ(&mirror));
     create(mirror_update, "BEFORE UPDATE", &rewritten, "keep_directive_mirror")
 }
 

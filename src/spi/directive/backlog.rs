@@ -1,9 +1,11 @@
 //! How the backlog in use is addressed in SQL.
 
+use std::ffi::CString;
+
 use pgrx::pg_sys;
 
 use super::columns::{Columns, as_text};
-use crate::error::Result;
+use crate::error::{ClaimError, Result};
 use crate::spi::row::Row;
 use crate::spi::statement::{Db, required};
 
@@ -14,12 +16,18 @@ pub struct Backlog {
     pub table_oid: pg_sys::Oid,
     /// Its schema-qualified name, quoted.
     pub table: String,
+    /// The same as it stands in FROM and UPDATE.
+    pub from: String,
+    /// Where its owner's code finds unqualified names.
+    pub search_path: CString,
     /// Its owner, with whose rights it is written.
     pub owner: pg_sys::Oid,
     /// Which of its columns mean what.
     pub columns: Columns,
     /// Those of its columns whose type is an enum.
     enums: Vec<String>,
+    /// A column that the table does not have (any more).
+    missing: Option<String>,
 }
 
 impl Backlog {
@@ -39,31 +47,55 @@ impl Backlog {
     pub fn of(db: &Db<'_>, table_oid: pg_sys::Oid, columns: Columns) -> Result<Self> {
         let row = db
             .run_once(
-                "SELECT pg_catalog.format('%I.%I', n.nspname, c.relname), c.relowner
+                "SELECT pg_catalog.format('%I.%I', n.nspname, c.relname), c.relowner, c.relkind = 'r',
+                        pg_catalog.format('pg_catalog, %I, pg_temp', n.nspname)
                    FROM pg_catalog.pg_class c
                    JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
                   WHERE c.oid = $1",
                 &[table_oid.into()],
             )?
             .first();
+        let table = row.required_text(1, "pg_class")?;
+        let search_path = CString::new(row.required_text(4, "pg_namespace")?)
+            .map_err(|_| ClaimError::Corrupt { what: "pg_namespace" })?;
         let mut enums = Vec::new();
+        let mut present = Vec::new();
         for row in db.run_once(
-            "SELECT a.attname::text
+            "SELECT a.attname::text, b.typtype = 'e'
                FROM pg_catalog.pg_attribute a
                JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
                JOIN pg_catalog.pg_type b ON b.oid = COALESCE(NULLIF(t.typbasetype, 0), t.oid)
-              WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped AND b.typtype = 'e'",
+              WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped",
             &[table_oid.into()],
         )? {
-            enums.extend(row.get::<String>(1)?);
+            let name: String = required(row.get(1)?, "pg_attribute")?;
+            if row.get::<bool>(2)? == Some(true) {
+                enums.push(name.clone());
+            }
+            present.push(name);
         }
+        let missing = columns.named().find(|column| !present.contains(column)).cloned();
         Ok(Self {
-            enums,
-            table_oid,
-            table: row.required_text(1, "pg_class")?,
+            // Rows of tables that inherit from it are not its own: they could repeat a key.
+            from: if row.flag(3)? { format!("ONLY {table}") } else { table.clone() },
             owner: required(row.get(2)?, "pg_class")?,
+            table_oid,
+            table,
+            search_path,
             columns,
+            enums,
+            missing,
         })
+    }
+
+    /// The backlog, unless a column that it was bound with has been renamed since.
+    pub fn usable(&self) -> Result<&Self> {
+        match &self.missing {
+            None => Ok(self),
+            Some(column) => {
+                Err(ClaimError::ColumnGone { table: self.table.clone(), column: column.clone() })
+            }
+        }
     }
 
     /// An SD's canonical id: its first key that is not NULL, as text.
@@ -121,7 +153,7 @@ impl Backlog {
                     self.canonical(),
                     self.status(),
                     self.is_terminal(),
-                    self.table,
+                    self.from,
                 )
             })
             .collect();

@@ -9,6 +9,7 @@ use super::{attach, mirror};
 use crate::error::{ClaimError, Result};
 use crate::identity;
 use crate::spi::statement::{Db, required};
+use crate::spi::time;
 
 /// What binding did.
 #[derive(Debug, serde::Serialize)]
@@ -28,11 +29,14 @@ pub struct Bound {
 /// Makes `table` the backlog. The caller must own it. A column that is `None` is looked for under its
 /// usual name; an empty name means that the table has none such.
 pub fn bind(db: &Db<'_>, table: pg_sys::Oid, asked: Columns) -> Result<Bound> {
+    // The owner first: a stranger could lock any table otherwise. What was read before the lock may
+    // have changed until it was granted, so all is read again.
+    TableFacts::read(db, table)?.check_owner(db)?;
+    exclude_others(db, Some(table))?;
     let facts = TableFacts::read(db, table)?;
     facts.check_owner(db)?;
-    facts.check_kind()?;
+    facts.check_kind(db)?;
     let columns = facts.columns(asked)?;
-    exclude_claims(db)?;
     let_go(db)?;
 
     let backlog = Backlog::of(db, table, columns)?;
@@ -54,7 +58,7 @@ pub fn bind(db: &Db<'_>, table: pg_sys::Oid, asked: Columns) -> Result<Bound> {
 /// Makes the extension's own table the backlog again. The caller must own the bound table.
 /// Returns the table that was let go.
 pub fn unbind(db: &Db<'_>) -> Result<String> {
-    exclude_claims(db)?;
+    exclude_others(db, None)?;
     let Some(table) = let_go(db)? else {
         return Err(ClaimError::NotBound);
     };
@@ -64,10 +68,22 @@ pub fn unbind(db: &Db<'_>) -> Result<String> {
     Ok(table)
 }
 
-/// Keeps claims and releases out until the transaction ends. Heartbeats do not touch sd_claims and
-/// go on.
-fn exclude_claims(db: &Db<'_>) -> Result<()> {
-    let schema = db.catalog()?.schema.clone();
+/// Keeps everybody else off the backlogs and the claims until the transaction ends, in the order in
+/// which a claim or a completion comes by: backlog, then claims. Heartbeats touch neither and go on.
+fn exclude_others(db: &Db<'_>, next: Option<pg_sys::Oid>) -> Result<()> {
+    if time::has_transaction_snapshot() {
+        return Err(ClaimError::NeedsReadCommitted { what: "change the backlog" });
+    }
+    let catalog = db.catalog()?;
+    let mut tables: Vec<pg_sys::Oid> = next.into_iter().collect();
+    tables.extend(catalog.backlog.as_ref().map(|backlog| backlog.table_oid));
+    tables.sort_by_key(|oid| oid.to_u32());
+    for table in tables {
+        // SAFETY: locks a relation by its id; waits like any statement and may raise an error,
+        // which unwinds as usual.
+        unsafe { pg_sys::LockRelationOid(table, pg_sys::AccessExclusiveLock as i32) };
+    }
+    let schema = &catalog.schema;
     db.run_once(&format!("LOCK TABLE {schema}.sd_claims IN SHARE ROW EXCLUSIVE MODE"), &[])?;
     Ok(())
 }
@@ -83,7 +99,10 @@ fn let_go(db: &Db<'_>) -> Result<Option<String>> {
     };
     TableFacts::read(db, table)?.check_owner(db)?;
     let backlog = Backlog::of(db, table, columns)?;
-    clear_mirror(db)?;
+    // With a column renamed there is no telling where the mirror is; the triggers go all the same.
+    if backlog.usable().is_ok() {
+        clear_mirror(db)?;
+    }
     attach::detach_triggers(db, &backlog)?;
     for index in tied_indexes(db, table)? {
         db.run_once(&format!("DROP INDEX {index}"), &[])?;

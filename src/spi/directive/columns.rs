@@ -92,6 +92,26 @@ impl Columns {
         Ok(Some((table, columns)))
     }
 
+    /// All columns that are named.
+    pub fn named(&self) -> impl Iterator<Item = &String> {
+        self.keys.iter().chain(
+            [
+                &self.title,
+                &self.status,
+                &self.priority,
+                &self.track,
+                &self.rank,
+                &self.dependencies,
+                &self.parent,
+                &self.created_at,
+                &self.is_working_on,
+                &self.active_session_id,
+            ]
+            .into_iter()
+            .flatten(),
+        )
+    }
+
     /// The canonical id of a row: the first key that is not NULL, as text. `prefix` stands before
     /// every column, to tell aliases (`b.`) and trigger rows (`OLD.`) apart.
     pub fn canonical(&self, prefix: &str) -> String {

@@ -1,11 +1,12 @@
 //! Keeping the backlog's `is_working_on` and `active_session_id`.
 
-use std::cell::Cell;
+use std::cell::RefCell;
 
+use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys::BuiltinOid::TEXTOID;
 
 use super::Backlog;
-use crate::error::Result;
+use crate::error::{ClaimError, Result};
 use crate::identity::ActingAs;
 use crate::spi::catalog::{self, Catalog};
 use crate::spi::row::Row;
@@ -18,7 +19,7 @@ static LOCK: Statement = Statement::new(
         over_backlog(catalog, "SELECT 1 WHERE $1 IS NULL", |b| {
             format!(
                 "SELECT 1 FROM {} b WHERE {} = $1 FOR NO KEY UPDATE OF b",
-                b.table,
+                b.from,
                 b.canonical()
             )
         })
@@ -29,32 +30,55 @@ static LOCK: Statement = Statement::new(
 /// Writes who works on an SD ($2 NULL: nobody), where that is not what the row says already.
 static SYNC: Statement = Statement::new(
     |catalog| {
-        const NOTHING: &str = "SELECT 1 WHERE $1 IS NULL AND $2 IS NULL";
-        over_backlog(catalog, NOTHING, |b| {
-            let mut set = Vec::new();
-            if let Some(column) = &b.columns.is_working_on {
-                set.push((pgrx::spi::quote_identifier(column), "($2 IS NOT NULL)"));
-            }
-            if let Some(column) = &b.columns.active_session_id {
-                set.push((pgrx::spi::quote_identifier(column), "$2"));
-            }
-            if set.is_empty() {
-                return NOTHING.into();
-            }
-            let assignments: Vec<_> = set.iter().map(|(c, v)| format!("{c} = {v}")).collect();
-            let differences: Vec<_> =
-                set.iter().map(|(c, v)| format!("b.{c} IS DISTINCT FROM {v}")).collect();
+        over_mirror(catalog, |b, columns| {
+            let assignments: Vec<_> = columns.iter().map(|(c, v)| format!("{c} = {v}")).collect();
             format!(
-                "UPDATE {} b SET {} WHERE {} = $1 AND ({})",
-                b.table,
+                "UPDATE {} b SET {} WHERE {} = $1 AND ({}) RETURNING 1",
+                b.from,
                 assignments.join(", "),
                 b.canonical(),
-                differences.join(" OR "),
+                differ(columns),
             )
         })
     },
     &[TEXTOID, TEXTOID],
 );
+
+/// Finds an SD whose row does not say what [`SYNC`] was to write.
+static DISAGREES: Statement = Statement::new(
+    |catalog| {
+        over_mirror(catalog, |b, columns| {
+            format!(
+                "SELECT 1 FROM {} b WHERE {} = $1 AND ({})",
+                b.from,
+                b.canonical(),
+                differ(columns)
+            )
+        })
+    },
+    &[TEXTOID, TEXTOID],
+);
+
+/// A statement on the backlog's mirror columns, each with the value that $2 gives it.
+fn over_mirror(
+    catalog: &Catalog,
+    text: impl FnOnce(&Backlog, &[(String, &str)]) -> String,
+) -> String {
+    const NOTHING: &str = "SELECT 1 WHERE $1 IS NULL AND $2 IS NULL";
+    over_backlog(catalog, NOTHING, |b| {
+        let quoted = |column: &String| pgrx::spi::quote_identifier(column);
+        let mut columns = Vec::new();
+        columns.extend(b.columns.is_working_on.iter().map(|c| (quoted(c), "($2 IS NOT NULL)")));
+        columns.extend(b.columns.active_session_id.iter().map(|c| (quoted(c), "$2")));
+        if columns.is_empty() { NOTHING.into() } else { text(b, &columns) }
+    })
+}
+
+fn differ(columns: &[(String, &str)]) -> String {
+    let differences: Vec<_> =
+        columns.iter().map(|(c, v)| format!("b.{c} IS DISTINCT FROM {v}")).collect();
+    differences.join(" OR ")
+}
 
 fn over_backlog(catalog: &Catalog, nothing: &str, text: impl FnOnce(&Backlog) -> String) -> String {
     catalog.backlog.as_ref().map_or_else(|| nothing.into(), text)
@@ -66,50 +90,74 @@ fn over_backlog(catalog: &Catalog, nothing: &str, text: impl FnOnce(&Backlog) ->
 pub fn lock(db: &Db<'_>, mut sd_ids: Vec<String>) -> Result<()> {
     catalog::lock_history(db)?;
     sd_ids.sort();
-    let _acting = acting_as_owner(db)?;
     for sd_id in sd_ids {
-        db.run(&LOCK, &[sd_id.into()])?;
+        run_as_owner(db, &LOCK, &[sd_id.into()])?;
     }
     Ok(())
 }
 
 thread_local! {
-    static SYNCING: Cell<bool> = const { Cell::new(false) };
+    /// What this backend is writing into the mirror right now.
+    static SYNCING: RefCell<Option<Target>> = const { RefCell::new(None) };
 }
 
-/// Whether this backend is writing the mirror right now; the trigger that keeps others from doing
-/// so asks.
-pub fn is_syncing() -> bool {
-    SYNCING.get()
+/// What the mirror is to say of an SD.
+#[derive(Debug, Clone)]
+pub struct Target {
+    pub sd_id: String,
+    pub session_id: Option<String>,
 }
 
-/// Lets this backend write the mirror until it is dropped, on an error as well.
-struct Syncing;
+/// What this backend is writing into the mirror right now; the trigger that keeps others from
+/// writing there asks.
+pub fn target() -> Option<Target> {
+    SYNCING.with_borrow(Clone::clone)
+}
+
+/// Announces what is being written until it is dropped, on an error as well.
+struct Syncing(Option<Target>);
 
 impl Syncing {
-    fn new() -> Self {
-        SYNCING.set(true);
-        Self
+    fn new(target: Target) -> Self {
+        Self(SYNCING.replace(Some(target)))
     }
 }
 
 impl Drop for Syncing {
     fn drop(&mut self) {
-        SYNCING.set(false);
+        SYNCING.set(self.0.take());
     }
 }
 
 /// Makes the backlog say that `session_id` works on the SD, or nobody.
 pub fn sync(db: &Db<'_>, sd_id: &str, session_id: Option<&str>) -> Result<()> {
-    let _syncing = Syncing::new();
-    let _acting = acting_as_owner(db)?;
-    db.run(&SYNC, &[sd_id.into(), session_id.into()])?;
+    let _syncing =
+        Syncing::new(Target { sd_id: sd_id.to_owned(), session_id: session_id.map(str::to_owned) });
+    let arguments = [sd_id.into(), session_id.into()];
+    if run_as_owner(db, &SYNC, &arguments)? > 0 {
+        return Ok(());
+    }
+    // Nothing was written: it says so already, the SD is gone, or a trigger of the user's has
+    // swallowed the write.
+    if run_as_owner(db, &DISAGREES, &arguments)? > 0 {
+        return Err(ClaimError::MirrorRefused { sd_id: sd_id.to_owned() });
+    }
     Ok(())
 }
 
-fn acting_as_owner(db: &Db<'_>) -> Result<Option<ActingAs>> {
+/// Runs a statement on the backlog with the rights of its owner; returns how many rows it found.
+fn run_as_owner(
+    db: &Db<'_>,
+    statement: &'static Statement,
+    arguments: &[DatumWithOid<'_>],
+) -> Result<usize> {
+    // The catalogue is read before acting as the owner, who may not read it all.
     let catalog = db.catalog()?;
-    Ok(catalog.backlog.as_ref().map(|backlog| ActingAs::table_owner(backlog.owner)))
+    let _acting = catalog
+        .backlog
+        .as_ref()
+        .map(|backlog| ActingAs::table_owner(backlog.owner, &backlog.search_path));
+    Ok(db.run(statement, arguments)?.len())
 }
 
 static TITLE: Statement = Statement::new(

@@ -1,10 +1,12 @@
 //! Building the extension and installing it into a server's tree.
 
-use std::fs;
-use std::path::Path;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+use nix::unistd::{AccessFlags, access};
 use pg_claims_tests::Installation;
 
 use super::{major_version, run_visibly};
@@ -17,6 +19,7 @@ pub fn install(layout: &Layout, cargo_pgrx: &Path, server: &Installation) -> Res
     let feature = format!("pg{}", major_version(pg_config)?);
     let build = layout.target().join("build").join(&feature);
     check_writable(pg_config)?;
+    detach_installed(pg_config)?;
     let first = if build.exists() { "" } else { " (about two minutes the first time)" };
     progress::step(format_args!("building pg_claims for {feature}{first}"));
     let home = pgrx_home(layout, &feature, pg_config)?;
@@ -33,23 +36,57 @@ pub fn install(layout: &Layout, cargo_pgrx: &Path, server: &Installation) -> Res
         "cargo pgrx install",
     )?;
     // Whatever the umask: the server runs as another user.
-    for option in ["--pkglibdir", "--sharedir"] {
-        let output = Command::new(pg_config).arg(option).output()?;
-        let folder = String::from_utf8(output.stdout)?;
-        let files = match option {
-            "--pkglibdir" => format!("{}/pg_claims*", folder.trim()),
-            _ => format!("{}/extension/pg_claims*", folder.trim()),
-        };
-        run_visibly(
-            Command::new("sh").args(["-c", &format!("chmod a+r {files}")]),
-            "chmod on the installed files",
-        )?;
+    for file in installed_files(pg_config)? {
+        let mode = fs::metadata(&file)?.permissions().mode();
+        fs::set_permissions(&file, Permissions::from_mode(mode | 0o444))
+            .with_context(|| format!("could not change the mode of {}", file.display()))?;
     }
     Ok(())
 }
 
+/// Replaces what is installed by copies. cargo-pgrx writes into the files that are there; a server
+/// that has loaded the library, such as the demo's, would see its code change and crash.
+fn detach_installed(pg_config: &Path) -> Result<()> {
+    for file in installed_files(pg_config)? {
+        let copy = file.with_extension("detached");
+        fs::copy(&file, &copy)
+            .and_then(|_| fs::rename(&copy, &file))
+            .with_context(|| format!("could not replace {}", file.display()))?;
+    }
+    Ok(())
+}
+
+/// The extension's files in the tree of `pg_config`.
+fn installed_files(pg_config: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for folder in install_folders(pg_config)? {
+        for entry in
+            fs::read_dir(&folder).with_context(|| format!("could not read {}", folder.display()))?
+        {
+            let entry = entry?;
+            let name = entry.file_name();
+            if ["pg_claims.", "pg_claims--"]
+                .iter()
+                .any(|start| name.as_encoded_bytes().starts_with(start.as_bytes()))
+            {
+                files.push(entry.path());
+            }
+        }
+    }
+    Ok(files)
+}
+
+/// Where installing writes to.
+fn install_folders(pg_config: &Path) -> Result<[PathBuf; 2]> {
+    let ask = |option: &str| -> Result<PathBuf> {
+        let output = Command::new(pg_config).arg(option).output()?;
+        Ok(PathBuf::from(String::from_utf8(output.stdout)?.trim()))
+    };
+    Ok([ask("--pkglibdir")?, ask("--sharedir")?.join("extension")])
+}
+
 /// cargo-pgrx wants a configuration that names the server, although it is told on the command line.
-pub fn pgrx_home(layout: &Layout, feature: &str, pg_config: &Path) -> Result<std::path::PathBuf> {
+pub fn pgrx_home(layout: &Layout, feature: &str, pg_config: &Path) -> Result<PathBuf> {
     let home = layout.target().join("pgrx").join(feature);
     fs::create_dir_all(&home)?;
     let pg_config = pg_config.to_str().context("the path of pg_config is not UTF-8")?;
@@ -57,19 +94,24 @@ pub fn pgrx_home(layout: &Layout, feature: &str, pg_config: &Path) -> Result<std
     servers.insert(feature.into(), pg_config.into());
     let mut config = toml::Table::new();
     config.insert("configs".into(), servers.into());
-    fs::write(home.join("config.toml"), config.to_string())?;
+    let file = home.join("config.toml");
+    let config = config.to_string();
+    // Only if it differs: pgrx's build script watches the file, and would build all anew.
+    if !fs::read_to_string(&file).is_ok_and(|found| found == config) {
+        fs::write(&file, config).with_context(|| format!("could not write {}", file.display()))?;
+    }
     Ok(home)
 }
 
 fn check_writable(pg_config: &Path) -> Result<()> {
-    let output = Command::new(pg_config).arg("--sharedir").output()?;
-    let share = String::from_utf8(output.stdout)?;
-    let writable = Command::new("test").arg("-w").arg(share.trim()).status()?.success();
-    if !writable {
-        bail!(
-            "{} is not writable: the extension cannot be installed into that PostgreSQL; run as a user who may, or use --pg 15, 16 or 18",
-            share.trim()
-        );
+    for folder in install_folders(pg_config)? {
+        if access(&folder, AccessFlags::W_OK).is_err() {
+            bail!(
+                "{} cannot be written: the extension cannot be installed into that PostgreSQL; run \
+                 as a user who may, or use --pg 15, 16 or 18",
+                folder.display()
+            );
+        }
     }
     Ok(())
 }

@@ -12,6 +12,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use pg_claims_tests::Installation;
 
+use crate::interrupt;
 use crate::layout::Layout;
 use crate::progress;
 
@@ -33,21 +34,46 @@ impl std::fmt::Display for Choice {
     }
 }
 
-/// The version that Debian 12 has.
-const DEBIAN_VERSION: u16 = 15;
+/// The version that Debian 12 provides.
+pub const DEBIAN_VERSION: u16 = tree::VERSION;
+
+/// The versions that the set-up can provide.
+const PROVIDED: [u16; 3] = [DEBIAN_VERSION, 16, 18];
+
+/// Reads one of the versions that the set-up can provide.
+pub fn provided_version(text: &str) -> Result<u16, String> {
+    text.trim().parse().ok().filter(|version| PROVIDED.contains(version)).ok_or_else(|| {
+        "the set-up can provide 15, 16 and 18; for any other use --pg-config PATH".to_owned()
+    })
+}
 
 /// Provides a PostgreSQL without the extension; enough for clippy and the documentation.
 pub fn server(layout: &Layout, choice: &Choice) -> Result<Installation> {
-    debian::ensure(&debian::BUILD)?;
+    debian::ensure(&packages(choice)).with_context(|| format!("{choice} cannot be set up"))?;
     let pg_config = match choice {
-        Choice::Version(DEBIAN_VERSION) => tree::relocated_debian(layout, DEBIAN_VERSION)?,
-        Choice::Version(version @ (16 | 18)) => pypi::server(layout, *version)?,
-        Choice::Version(version) => bail!(
-            "there is no set-up for PostgreSQL {version}; use --pg 15, 16 or 18, or --pg-config PATH"
-        ),
-        Choice::PgConfig(path) => std::path::absolute(path)?,
+        Choice::Version(DEBIAN_VERSION) => tree::relocated_debian(layout)?,
+        Choice::Version(version) => pypi::server(layout, *version)?,
+        Choice::PgConfig(path) => {
+            let path = std::path::absolute(path)?;
+            progress::note(format_args!(
+                "the extension goes into the PostgreSQL of {}; other servers of it will see it",
+                path.display()
+            ));
+            path
+        }
     };
     Installation::new(&pg_config)
+}
+
+/// The Debian packages that `choice` needs, to be named and installed at once.
+fn packages(choice: &Choice) -> Vec<&'static str> {
+    let mut packages = debian::BUILD.to_vec();
+    match choice {
+        Choice::Version(DEBIAN_VERSION) => packages.extend(tree::PACKAGES),
+        Choice::Version(_) => packages.extend(pypi::packages()),
+        Choice::PgConfig(_) => {}
+    }
+    packages
 }
 
 /// Provides a PostgreSQL with the extension, built in release.
@@ -72,7 +98,7 @@ pub fn major_version(pg_config: &Path) -> Result<u16> {
 
 /// Runs a command whose output the person should see, and fails if it does.
 fn run_visibly(command: &mut Command, what: &str) -> Result<()> {
-    let status = command.status().with_context(|| format!("could not run {what}"))?;
+    let status = interrupt::run(command).with_context(|| format!("could not run {what}"))?;
     if !status.success() {
         bail!("{what} failed ({status})");
     }

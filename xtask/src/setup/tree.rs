@@ -8,24 +8,21 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use super::{debian, make_whole, run_visibly};
+use super::{make_whole, run_visibly};
 use crate::layout::Layout;
 use crate::progress;
 
-/// The `pg_config` of the copy of Debian's PostgreSQL `version`.
-pub fn relocated_debian(layout: &Layout, version: u16) -> Result<PathBuf> {
-    let server = format!("postgresql-{version}");
-    let headers = format!("postgresql-server-dev-{version}");
-    if !debian::is_available(&server) {
-        // On a fresh machine the package lists may never have been read.
-        debian::ensure(&["ca-certificates"])?;
-    }
-    debian::ensure(&[&server, &headers]).with_context(|| {
-        format!("{server} is Debian 12's; elsewhere use --pg 16, --pg 18 or --pg-config PATH")
-    })?;
-    let folder = layout.servers().join(format!("debian-{version}"));
-    let system = PathBuf::from(format!("/usr/lib/postgresql/{version}"));
-    let pg_config = folder.join(format!("lib/postgresql/{version}/bin/pg_config"));
+/// The version that Debian 12 has.
+pub const VERSION: u16 = 15;
+
+/// Debian's packages of it: the server and its headers.
+pub const PACKAGES: [&str; 2] = ["postgresql-15", "postgresql-server-dev-15"];
+
+/// The `pg_config` of the copy of Debian's PostgreSQL.
+pub fn relocated_debian(layout: &Layout) -> Result<PathBuf> {
+    let folder = layout.servers().join(format!("debian-{VERSION}"));
+    let system = PathBuf::from(format!("/usr/lib/postgresql/{VERSION}"));
+    let pg_config = folder.join(format!("lib/postgresql/{VERSION}/bin/pg_config"));
     let wanted = version_of(&system.join("bin/pg_config"))?;
     if pg_config.exists() && version_of(&pg_config)? == wanted {
         return Ok(pg_config);
@@ -38,7 +35,7 @@ pub fn relocated_debian(layout: &Layout, version: u16) -> Result<PathBuf> {
             run_visibly(
                 Command::new("cp")
                     .arg("-aL")
-                    .arg(format!("/usr/{part}/postgresql/{version}"))
+                    .arg(format!("/usr/{part}/postgresql/{VERSION}"))
                     .arg(&into),
                 "copying PostgreSQL",
             )?;
