@@ -8,8 +8,10 @@ mod api;
 mod error;
 mod guc;
 mod identity;
+mod service;
 mod spi;
 mod trigger;
+mod worker;
 
 pgrx::pg_module_magic!(name, version);
 
@@ -34,6 +36,7 @@ pgrx::extension_sql_file!(
         "triggers",
         api::directive::attach_default_directives,
         api::lease::lease_expires_at,
+        api::lease::claim_reclaimable_at,
         api::lease::heartbeat_age_human,
     ]
 );
@@ -47,6 +50,12 @@ pgrx::extension_sql_file!("../sql/install/90_privileges.sql", name = "privileges
 /// Runs when the library is loaded into a server process.
 #[pgrx::pg_guard]
 pub extern "C-unwind" fn _PG_init() {
+    // pg_upgrade starts the servers for itself only.
+    // SAFETY: set before the library is loaded, and never changed after.
+    if unsafe { pgrx::pg_sys::IsBinaryUpgrade } {
+        return;
+    }
     guc::init();
     spi::init();
+    worker::init();
 }

@@ -66,3 +66,34 @@ fn serves(pid: Pid, data: &Path) -> Result<bool> {
         Err(error) => Err(error).with_context(|| format!("could not look for process {pid}")),
     }
 }
+
+/// The processes that `parent` has started and that still run.
+pub fn children(parent: Pid) -> Result<Vec<Pid>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").context("could not read /proc")? {
+        let name = entry?.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()).map(Pid::from_raw) else {
+            continue;
+        };
+        if let Some((state, its_parent)) = state_and_parent(pid)
+            && state != 'Z'
+            && its_parent == parent
+        {
+            found.push(pid);
+        }
+    }
+    Ok(found)
+}
+
+/// Whether a process runs; one that has ended and that nobody has waited for does not.
+pub fn is_alive(pid: Pid) -> bool {
+    state_and_parent(pid).is_some_and(|(state, _)| state != 'Z')
+}
+
+fn state_and_parent(pid: Pid) -> Option<(char, Pid)> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // Behind the program's name, which may hold anything.
+    let mut words = stat.rsplit_once(')')?.1.split_whitespace();
+    let state = words.next()?.chars().next()?;
+    Some((state, Pid::from_raw(words.next()?.parse().ok()?)))
+}

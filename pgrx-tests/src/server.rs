@@ -177,15 +177,21 @@ impl Server {
         Ok(())
     }
 
-    /// Kills the postmaster with SIGKILL, as a crash would, and waits until it has gone.
+    /// Kills the postmaster with SIGKILL, as a crash would, and waits until it and all processes of
+    /// the server have gone.
     pub fn crash(&self) -> Result<()> {
         let Some(pid) = self.pid()? else {
             bail!("the server in {} is not running", self.root.display());
         };
+        let processes = postmaster::children(pid)?;
         kill(pid, Signal::SIGKILL)?;
         crate::wait_until("the killed server to be gone", || {
             matches!(postmaster::of(&self.data()), Ok(None))
+                && processes.iter().all(|process| !postmaster::is_alive(*process))
         });
+        // Where nobody has waited for the killed process yet, its number still seems to be in use.
+        fs::remove_file(self.data().join("postmaster.pid"))?;
+        fs::remove_file(self.socket_dir.join(format!(".s.PGSQL.{PORT}.lock")))?;
         Ok(())
     }
 
@@ -239,7 +245,8 @@ impl Server {
         self.keep = true;
     }
 
-    fn data(&self) -> PathBuf {
+    /// Its data folder.
+    pub fn data(&self) -> PathBuf {
         self.root.join("data")
     }
 

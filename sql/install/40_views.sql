@@ -40,20 +40,72 @@ SELECT s.id,
        s.silent_until,
        s.stale_at,
        s.owner_role,
-       s.updated_at
+       s.updated_at,
+       s.stale_after,
+       s.progress_at,
+       s.progress_note,
+       pg_catalog.trunc(GREATEST(EXTRACT(EPOCH FROM s.observed_at - s.progress_at), 0), 3)
+           AS progress_age_seconds,
+       s.reclaimable_at
   FROM (SELECT c.*,
-               lease_expires_at(c.heartbeat_at, c.silent_until) AS stale_at,
+               lease_expires_at(c.heartbeat_at, c.silent_until, c.stale_after, c.claimed_at) AS stale_at,
+               CASE WHEN c.sd_id IS NOT NULL THEN
+                   claim_reclaimable_at(c.heartbeat_at, c.silent_until, c.stale_after, c.claimed_at)
+               END AS reclaimable_at,
                pg_catalog.clock_timestamp() AS observed_at
           FROM (SELECT id, session_id, sd_id, track, tty, pid, hostname, codebase, claimed_at,
                        heartbeat_at, status, metadata, created_at, updated_at, claim_id,
-                       silent_until, owner_role
+                       silent_until, owner_role, stale_after, progress_at, progress_note
                   FROM claude_sessions
                  WHERE sd_id IS NOT NULL AND status = 'active'
                 UNION ALL
                 SELECT id, session_id, NULL::text, track, tty, pid, hostname, codebase, claimed_at,
                        heartbeat_at, status, metadata, created_at, updated_at, claim_id,
-                       silent_until, owner_role
+                       silent_until, owner_role, stale_after, progress_at, progress_note
                   FROM claude_sessions
                  WHERE sd_id IS NULL AND status <> 'released') c) s
        -- sd_id is unique in v_directives, so the join cannot fan a session out.
   LEFT JOIN v_directives d ON d.sd_id = s.sd_id;
+
+-- How the worker does in this database. Lag is how long the claim that has waited longest for the
+-- reaper has been due; a worker that stands still is seen by its growth.
+CREATE VIEW v_worker_health AS
+SELECT h.last_run_at,
+       h.last_duration_ms,
+       h.last_reaped,
+       h.runs,
+       h.reaped,
+       h.errors,
+       h.last_error,
+       h.last_error_at,
+       h.last_pruned_at,
+       due.claims AS claims_due,
+       COALESCE(due.lag_seconds, 0) AS lag_seconds,
+       beating.connections AS heartbeat_connections
+  FROM (SELECT pg_catalog.count(*) AS claims,
+               pg_catalog.trunc(pg_catalog.max(EXTRACT(EPOCH FROM
+                   pg_catalog.clock_timestamp() - s.reclaimable_at)), 3) AS lag_seconds
+          FROM v_active_sessions s
+         WHERE s.sd_id IS NOT NULL AND s.computed_status = 'stale'
+           AND s.reclaimable_at <= pg_catalog.clock_timestamp()) due
+ CROSS JOIN (SELECT pg_catalog.count(*) AS connections
+               FROM heartbeat_connections WHERE given_up_at IS NULL) beating
+  LEFT JOIN worker_health h ON true;
+
+-- Catching up without loss or repetition: each event once, in the order in which events became
+-- visible.
+CREATE FUNCTION lifecycle_events_since(p_id bigint DEFAULT 0, p_limit integer DEFAULT 1000)
+RETURNS TABLE (id bigint, event_type text, session_id text, sd_id text, claim_id bigint,
+               occurred_at timestamptz, actor name, reason text, held_seconds numeric,
+               detail jsonb)
+LANGUAGE sql STABLE PARALLEL SAFE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT p.position, e.event_type, e.session_id, e.sd_id, e.claim_id, e.occurred_at, e.actor,
+           e.reason, e.held_seconds, e.detail
+      FROM lifecycle_event_positions p
+      JOIN session_lifecycle_events e ON e.event_id = p.event_id
+     WHERE p.position > COALESCE(p_id, 0)
+     ORDER BY p.position
+     LIMIT p_limit;
+END;

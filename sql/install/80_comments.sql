@@ -16,6 +16,23 @@ COMMENT ON COLUMN claude_sessions.lost_claim_id IS 'The acquisition that the ses
 COMMENT ON COLUMN claude_sessions.lost_to IS 'The session that took that acquisition over.';
 COMMENT ON INDEX idx_claude_sessions_unique_active_claim IS 'One active claim per SD.';
 
+COMMENT ON COLUMN claude_sessions.stale_after IS 'The lease that the session asked for; NULL: pg_claims.stale_after.';
+COMMENT ON COLUMN claude_sessions.progress_at IS 'The last sign of progress.';
+COMMENT ON COLUMN claude_sessions.progress_note IS 'What the session said of it.';
+COMMENT ON COLUMN claude_sessions.stale_noted_for IS 'The last heartbeat before the silence that the audit has told of.';
+COMMENT ON COLUMN claude_sessions.age_warned_for IS 'The claim of whose age the audit has warned.';
+
+COMMENT ON TABLE lifecycle_event_positions IS
+    'The order in which events became visible; a place in it is the cursor of lifecycle_events_since().';
+COMMENT ON TABLE event_frontier IS
+    'How far that order has got, and which event numbers below may still appear.';
+COMMENT ON TABLE heartbeat_connections IS
+    'The connections for which the server beats: see start_heartbeat().';
+COMMENT ON COLUMN heartbeat_connections.given_up_at IS 'When it stopped after too many failures in a row.';
+COMMENT ON TABLE worker_health IS 'How the worker does in this database: see v_worker_health.';
+COMMENT ON VIEW v_worker_health IS
+    'How the worker does: last run, its duration in milliseconds, claims reaped by it and in all, errors, and lag: for how many seconds the claim that has waited longest for the reaper has been due.';
+
 COMMENT ON TABLE sd_claims IS
     'One row per acquisition, open or ended; derived from claude_sessions. Survives the session.';
 COMMENT ON COLUMN sd_claims.claim_id IS 'The fencing token: it only grows and never repeats.';
@@ -24,7 +41,7 @@ COMMENT ON COLUMN sd_claims.taken_over_by IS 'The session that took this acquisi
 COMMENT ON INDEX sd_claims_open_key IS 'One open acquisition per SD.';
 
 COMMENT ON TABLE session_lifecycle_events IS
-    'The audit, append-only: registered, resumed, claimed, switched, released, taken_over, ended.';
+    'The audit, append-only: registered, resumed, claimed, switched, released, taken_over, stale, reaped, max_age_warning, ended.';
 COMMENT ON COLUMN session_lifecycle_events.actor IS 'The role that did it.';
 COMMENT ON COLUMN session_lifecycle_events.held_seconds IS 'How long the acquisition lasted that ended with this event.';
 
@@ -50,8 +67,8 @@ COMMENT ON VIEW v_directives IS
 COMMENT ON VIEW v_active_sessions IS
     'One row per session that has not ended. Ages are numeric; computed_status is active, idle or stale.';
 
-COMMENT ON FUNCTION register_session(text, text, text, integer, text, jsonb) IS
-    'Registers a session or refreshes it; brings an ended one back. Metadata merges key by key; what is not given stays. Returns the session as stored. Needs the worker level; another role''s session: 42501.';
+COMMENT ON FUNCTION register_session(text, text, text, integer, text, jsonb, interval) IS
+    'Registers a session or refreshes it; brings an ended one back. Metadata merges key by key; what is not given stays. p_stale_after asks for a lease of its own, 0 gives it up. Returns the session as stored. Needs the worker level; another role''s session: 42501.';
 COMMENT ON FUNCTION end_session(text, text) IS
     'Releases what the session holds and ends it. Ending an ended session changes nothing. Refuses with session_not_found.';
 COMMENT ON FUNCTION claim_sd(text, text, text) IS
@@ -64,8 +81,31 @@ COMMENT ON FUNCTION is_sd_claimed(text, text) IS
     'Whether a live session (other than the excluded one) holds the SD, and which. A stale owner is named, with claimed false: a claim takes over from it.';
 COMMENT ON FUNCTION update_session_heartbeat(text, bigint) IS
     'Records a sign of life and returns what the session holds; lost_claim tells of a claim that was lost since. With a claim id only while exactly that acquisition is held, else claim_lost.';
-COMMENT ON FUNCTION lease_expires_at(timestamptz, timestamptz) IS
-    'When a session with this heartbeat and announced silence counts as stale: the one rule of liveness, by pg_claims.stale_after.';
+COMMENT ON FUNCTION heartbeat_sessions(text[]) IS
+    'Records a sign of life of many sessions in one statement. Returns success (all of them), recorded, and sessions: an answer per session, as of update_session_heartbeat, or why it was not recorded.';
+COMMENT ON FUNCTION extend_lease(text, interval, bigint) IS
+    'Announces that the session will be silent for so long, 0 to pg_claims.max_silence, and will still be alive; 0 takes it back. A sign of life itself. Returns silent_until and lease_expires_at.';
+COMMENT ON FUNCTION report_progress(text, text, bigint) IS
+    'Records a sign of progress, with a note of up to 1000 characters, apart from the sign of life, which it is as well.';
+COMMENT ON FUNCTION start_heartbeat(text) IS
+    'From now on the server beats for this session every pg_claims.heartbeat_interval, for as long as this very connection lives. Returns success, sessionId, intervalMs; refuses if another session''s heartbeat runs here, or no worker can beat.';
+COMMENT ON FUNCTION stop_heartbeat() IS 'Stops the heartbeat of this connection. Returns success, stoppedSession.';
+COMMENT ON FUNCTION is_heartbeat_active() IS
+    'Whether a heartbeat runs for this connection: active, sessionId, lastSuccessfulHeartbeat, consecutiveFailures.';
+COMMENT ON FUNCTION get_heartbeat_stats() IS
+    'How this connection''s heartbeat does: isActive, sessionId, intervalSeconds, lastSuccessfulHeartbeat, secondsSinceLastHeartbeat, consecutiveFailures, maxConsecutiveFailures, healthy.';
+COMMENT ON FUNCTION force_heartbeat(text) IS
+    'Records a sign of life now, like update_session_heartbeat; resets the failures if this connection''s heartbeat runs for the session.';
+COMMENT ON FUNCTION cleanup_stale_sessions(integer, integer) IS
+    'What the worker does by itself: ends the claims of stale sessions, up to p_batch_size, and puts events in order. A threshold only makes it more patient: a live session is never reaped. Returns success, stale_sessions_cleaned, cleaned_at.';
+COMMENT ON FUNCTION prune_history(integer) IS
+    'What the worker does by itself: removes ended claims, ended sessions and events older than pg_claims.history_retention; never an open claim. Returns how many of each.';
+COMMENT ON FUNCTION lifecycle_events_since(bigint, integer) IS
+    'The audit in the order in which events became visible, after place p_id (0: from the oldest kept), up to p_limit. Each event once; the last id is the next call''s p_id.';
+COMMENT ON FUNCTION lease_expires_at(timestamptz, timestamptz, interval, timestamptz) IS
+    'When a session with this heartbeat, announced silence, lease of its own and time of claim counts as stale: the one rule of liveness.';
+COMMENT ON FUNCTION claim_reclaimable_at(timestamptz, timestamptz, interval, timestamptz) IS
+    'When such a session''s claim may be taken over or reaped: pg_claims.reclaim_delay after it went stale.';
 COMMENT ON FUNCTION heartbeat_age_human(timestamptz, timestamptz) IS
     'The time from a heartbeat to another moment as a person reads it; truncates, never rounds up.';
 COMMENT ON FUNCTION grant_coordination(text, text) IS

@@ -48,6 +48,9 @@ SELECT pg_catalog.pg_extension_config_dump('sd_claims', '');
 SELECT pg_catalog.pg_extension_config_dump(pg_catalog.pg_get_serial_sequence('sd_claims', 'claim_id')::regclass, '');
 SELECT pg_catalog.pg_extension_config_dump('session_lifecycle_events', '');
 SELECT pg_catalog.pg_extension_config_dump(pg_catalog.pg_get_serial_sequence('session_lifecycle_events', 'event_id')::regclass, '');
+SELECT pg_catalog.pg_extension_config_dump('lifecycle_event_positions', '');
+SELECT pg_catalog.pg_extension_config_dump(pg_catalog.pg_get_serial_sequence('lifecycle_event_positions', 'position')::regclass, '');
+SELECT pg_catalog.pg_extension_config_dump('event_frontier', '');
 SELECT pg_catalog.pg_extension_config_dump('directive_binding', '');
 SELECT pg_catalog.pg_extension_config_dump(c.oid::regclass, '')
   FROM pg_catalog.pg_class c

@@ -6,7 +6,7 @@ use pgrx::JsonB;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
-use super::{answer, check_may_act_for, reason_or};
+use super::{answer, check_may_act_for, reason_or, shared};
 use crate::error::{Result, checked_id};
 use crate::identity;
 use crate::spi::{Db, claim, directive, session};
@@ -48,6 +48,7 @@ fn acquire(
     session_id: &str,
     track: Option<&str>,
 ) -> Result<Result<Claimed, Refusal>> {
+    shared::note_acting_for(session_id);
     claim::acquire(db, sd_id, session_id, track, |session| check_may_act_for(db, session))
 }
 
@@ -71,6 +72,7 @@ fn release(
     reason: &str,
     named: Option<i64>,
 ) -> Result<Result<Released, Refusal>> {
+    shared::note_acting_for(session_id);
     let Some(found) = session::find(db, session_id)? else {
         return Ok(Err(Refusal::SessionNotFound { session_id: session_id.into() }));
     };

@@ -1,14 +1,23 @@
-//! Heartbeats.
+//! Signs of life: heartbeats, announced silence, progress.
 
-use pg_claims_core::outcome::{Beat, Refusal};
+use chrono::TimeDelta;
+use pg_claims_core::age;
+use pg_claims_core::outcome::Refusal;
+use pg_claims_core::session::{Beat, BeatOrRefusal, Beats, Extended, Progressed};
 use pgrx::JsonB;
+use pgrx::datum::Interval;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
-use super::{answer, check_may_act_for};
-use crate::error::{Result, checked_id};
+use super::{answer, check_may_act_for, may_act_for_all, shared};
+use crate::error::{ClaimError, Result, checked_id};
+use crate::guc;
 use crate::identity;
-use crate::spi::{Db, claim, session};
+use crate::spi::heartbeat::{self, Found};
+use crate::spi::{Db, claim, session, time};
+
+/// The longest note on progress, in characters.
+const MAX_NOTE_CHARACTERS: usize = 1000;
 
 #[pg_extern(volatile, parallel_unsafe, security_definer)]
 #[search_path(pg_catalog, pg_temp)]
@@ -20,28 +29,175 @@ fn update_session_heartbeat(
     Ok(Db::connect(|db| answer(beat(db, session_id, p_claim_id)?))?)
 }
 
-fn beat(db: &Db<'_>, session_id: &str, named: Option<i64>) -> Result<Result<Beat, Refusal>> {
+/// Records a sign of life of the session, or says why not.
+pub fn beat(db: &Db<'_>, session_id: &str, named: Option<i64>) -> Result<Result<Beat, Refusal>> {
+    shared::note_acting_for(session_id);
     // One statement where all is well; only its failure asks why.
-    let mut beaten = session::beat(db, session_id, &identity::caller(), named)?;
+    let mut beaten = heartbeat::beat(db, session_id, &identity::caller(), named)?;
     if beaten.is_none() {
         let Some(found) = session::find(db, session_id)? else {
             return Ok(Err(Refusal::SessionNotFound { session_id: session_id.into() }));
         };
         check_may_act_for(db, &found)?;
-        beaten = session::beat(db, session_id, &found.owner_role, named)?;
+        beaten = heartbeat::beat(db, session_id, &found.owner_role, named)?;
     }
-    if let Some((mut beat, lost)) = beaten {
-        if let Some(lost) = lost {
-            beat.lost_claim = claim::lost(db, lost, session_id)?;
-        }
-        return Ok(Ok(beat));
+    match beaten {
+        Some((beat, lost)) => Ok(Ok(with_lost_claim(db, beat, lost)?)),
+        None => Ok(Err(not_held(db, session_id, named)?)),
     }
-    Ok(Err(match named {
+}
+
+fn with_lost_claim(db: &Db<'_>, mut beat: Beat, lost: Option<i64>) -> Result<Beat> {
+    if let Some(lost) = lost {
+        beat.lost_claim = claim::lost(db, lost, &beat.session_id)?;
+    }
+    Ok(beat)
+}
+
+/// Why a session that exists was not written: it has ended, or lost the claim that was named.
+fn not_held(db: &Db<'_>, session_id: &str, named: Option<i64>) -> Result<Refusal> {
+    let session_id = session_id.to_owned();
+    Ok(match named {
         Some(claim_id) => Refusal::ClaimLost {
-            session_id: session_id.into(),
+            lost: claim::lost(db, claim_id, &session_id)?,
+            session_id,
             claim_id,
-            lost: claim::lost(db, claim_id, session_id)?,
         },
-        None => Refusal::SessionReleased { session_id: session_id.into() },
+        None => Refusal::SessionReleased { session_id },
+    })
+}
+
+#[pg_extern(volatile, parallel_unsafe, security_definer)]
+#[search_path(pg_catalog, pg_temp)]
+fn heartbeat_sessions(p_session_ids: Option<Vec<Option<String>>>) -> Result<JsonB, ErrorReport> {
+    let mut session_ids: Vec<String> = Vec::new();
+    let given = p_session_ids.ok_or_else(|| ClaimError::InvalidArgument {
+        argument: "p_session_ids",
+        reason: "must not be NULL".into(),
+        hint: Some("Give an array of session ids; it may be empty.".into()),
+    })?;
+    for session_id in &given {
+        let session_id = checked_id("p_session_ids", session_id.as_deref())?;
+        // A session that is named twice beats once and is answered once.
+        if !session_ids.iter().any(|known| known == session_id) {
+            session_ids.push(session_id.to_owned());
+        }
+    }
+    Ok(Db::connect(|db| answer(Ok(beat_all(db, &session_ids)?)))?)
+}
+
+fn beat_all(db: &Db<'_>, session_ids: &[String]) -> Result<Beats> {
+    may_act_for_all(db, session_ids)?;
+    let mut answers = Vec::with_capacity(session_ids.len());
+    for (session_id, found) in heartbeat::beat_many(db, session_ids)? {
+        answers.push(match found {
+            Found::Beaten(beat, lost) => BeatOrRefusal::Beat(with_lost_claim(db, *beat, lost)?),
+            Found::Unknown => BeatOrRefusal::Refusal(Refusal::SessionNotFound { session_id }),
+            Found::Released => BeatOrRefusal::Refusal(Refusal::SessionReleased { session_id }),
+            Found::Busy => BeatOrRefusal::Refusal(Refusal::SessionBusy { session_id }),
+        });
+    }
+    Ok(Beats::new(answers))
+}
+
+#[pg_extern(volatile, parallel_unsafe, security_definer)]
+#[search_path(pg_catalog, pg_temp)]
+fn extend_lease(
+    p_session_id: Option<&str>,
+    p_for: Option<Interval>,
+    p_claim_id: default!(Option<i64>, "NULL"),
+) -> Result<JsonB, ErrorReport> {
+    let session_id = checked_id("p_session_id", p_session_id)?;
+    let silence = checked_silence(p_for)?;
+    Ok(Db::connect(|db| answer(extend(db, session_id, silence, p_claim_id)?))?)
+}
+
+fn checked_silence(silence: Option<Interval>) -> Result<Interval> {
+    let longest = guc::max_silence();
+    let refused = |reason: String| ClaimError::InvalidArgument {
+        argument: "p_for",
+        reason,
+        hint: Some(format!(
+            "Give an interval of 0 (which takes an announcement back) to {} seconds, the value of pg_claims.max_silence, and announce again in time.",
+            age::seconds(longest)
+        )),
+    };
+    let silence = silence.ok_or_else(|| refused("must not be NULL".into()))?;
+    match time::from_interval(&silence) {
+        time if time < TimeDelta::zero() => Err(refused("must not be negative".into())),
+        time if time > longest => {
+            Err(refused(format!("must not be longer than {} seconds", age::seconds(longest))))
+        }
+        _ => Ok(silence),
+    }
+}
+
+fn extend(
+    db: &Db<'_>,
+    session_id: &str,
+    silence: Interval,
+    named: Option<i64>,
+) -> Result<Result<Extended, Refusal>> {
+    if let Err(refusal) = checked_session(db, session_id)? {
+        return Ok(Err(refusal));
+    }
+    let Some(leased) = heartbeat::extend(db, session_id, silence, named)? else {
+        return Ok(Err(not_held(db, session_id, named)?));
+    };
+    Ok(Ok(Extended {
+        success: true,
+        session_id: session_id.to_owned(),
+        heartbeat_at: leased.lease.heartbeat_at,
+        silent_until: leased.lease.silent_until,
+        lease_expires_at: leased.lease.expires_at(&guc::lease_rules()),
+        sd_id: leased.sd_id,
+        claim_id: leased.claim_id,
     }))
+}
+
+/// A session that the caller may act for, or why there is none.
+pub fn checked_session(db: &Db<'_>, session_id: &str) -> Result<Result<(), Refusal>> {
+    shared::note_acting_for(session_id);
+    let session_id = session_id.to_owned();
+    let Some(found) = session::find(db, &session_id)? else {
+        return Ok(Err(Refusal::SessionNotFound { session_id }));
+    };
+    check_may_act_for(db, &found)?;
+    if found.is_released() {
+        return Ok(Err(Refusal::SessionReleased { session_id }));
+    }
+    Ok(Ok(()))
+}
+
+#[pg_extern(volatile, parallel_unsafe, security_definer)]
+#[search_path(pg_catalog, pg_temp)]
+fn report_progress(
+    p_session_id: Option<&str>,
+    p_note: default!(Option<&str>, "NULL"),
+    p_claim_id: default!(Option<i64>, "NULL"),
+) -> Result<JsonB, ErrorReport> {
+    let session_id = checked_id("p_session_id", p_session_id)?;
+    if p_note.is_some_and(|note| note.chars().count() > MAX_NOTE_CHARACTERS) {
+        Err(ClaimError::InvalidArgument {
+            argument: "p_note",
+            reason: format!("must not be longer than {MAX_NOTE_CHARACTERS} characters"),
+            hint: Some("Say what has been done in a line; keep the rest elsewhere.".into()),
+        })?;
+    }
+    Ok(Db::connect(|db| answer(progress(db, session_id, p_note, p_claim_id)?))?)
+}
+
+fn progress(
+    db: &Db<'_>,
+    session_id: &str,
+    note: Option<&str>,
+    named: Option<i64>,
+) -> Result<Result<Progressed, Refusal>> {
+    if let Err(refusal) = checked_session(db, session_id)? {
+        return Ok(Err(refusal));
+    }
+    match heartbeat::progress(db, session_id, note, named)? {
+        Some(progressed) => Ok(Ok(progressed)),
+        None => Ok(Err(not_held(db, session_id, named)?)),
+    }
 }

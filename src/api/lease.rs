@@ -3,6 +3,7 @@
 use chrono::{DateTime, Utc};
 use pg_claims_core::age;
 use pg_claims_core::lease::Lease;
+use pgrx::datum::Interval;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
@@ -14,16 +15,40 @@ use crate::spi::time;
 pub fn lease_expires_at(
     p_heartbeat_at: Option<TimestampWithTimeZone>,
     p_silent_until: Option<TimestampWithTimeZone>,
+    p_stale_after: default!(Option<Interval>, "NULL"),
+    p_claimed_at: default!(Option<TimestampWithTimeZone>, "NULL"),
 ) -> Result<Option<TimestampWithTimeZone>, ErrorReport> {
-    let Some(heartbeat_at) = p_heartbeat_at else {
-        return Ok(None);
-    };
-    let lease = Lease {
-        heartbeat_at: time::from_server(heartbeat_at),
-        silent_until: p_silent_until.map(time::from_server),
-        stale_after: guc::stale_after(),
-    };
-    Ok(Some(time::to_server(lease.expires_at())?))
+    let lease = lease(p_heartbeat_at, p_silent_until, p_stale_after, p_claimed_at);
+    Ok(instant(lease.map(|lease| lease.expires_at(&guc::lease_rules())))?)
+}
+
+#[pg_extern(stable, parallel_safe)]
+pub fn claim_reclaimable_at(
+    p_heartbeat_at: Option<TimestampWithTimeZone>,
+    p_silent_until: Option<TimestampWithTimeZone>,
+    p_stale_after: Option<Interval>,
+    p_claimed_at: Option<TimestampWithTimeZone>,
+) -> Result<Option<TimestampWithTimeZone>, ErrorReport> {
+    let lease = lease(p_heartbeat_at, p_silent_until, p_stale_after, p_claimed_at);
+    Ok(instant(lease.map(|lease| lease.reclaimable_at(&guc::lease_rules())))?)
+}
+
+fn lease(
+    heartbeat_at: Option<TimestampWithTimeZone>,
+    silent_until: Option<TimestampWithTimeZone>,
+    stale_after: Option<Interval>,
+    claimed_at: Option<TimestampWithTimeZone>,
+) -> Option<Lease> {
+    Some(Lease {
+        heartbeat_at: time::from_server(heartbeat_at?),
+        silent_until: silent_until.map(time::from_server),
+        stale_after: stale_after.as_ref().map(time::from_interval),
+        claimed_at: claimed_at.map(time::from_server),
+    })
+}
+
+fn instant(at: Option<DateTime<Utc>>) -> Result<Option<TimestampWithTimeZone>> {
+    at.map(time::to_server).transpose()
 }
 
 #[pg_extern(immutable, parallel_safe, strict)]

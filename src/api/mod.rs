@@ -8,7 +8,10 @@ pub mod directive;
 mod grant;
 mod heartbeat;
 pub mod lease;
+mod manager;
+mod ops;
 mod session;
+mod shared;
 
 use pg_claims_core::outcome::Refusal;
 use pgrx::JsonB;
@@ -18,6 +21,7 @@ use crate::error::{ClaimError, Result};
 use crate::identity;
 use crate::spi::Db;
 use crate::spi::grant as privileges;
+use crate::spi::heartbeat::first_not_of;
 use crate::spi::session::Session;
 
 /// An answer or a refusal as JSON.
@@ -39,6 +43,17 @@ fn check_may_act_for(db: &Db<'_>, session: &Session) -> Result<()> {
         owner_role: session.owner_role.clone(),
         caller,
     })
+}
+
+/// The same for many sessions at once; an id that no session has is nobody's.
+fn may_act_for_all(db: &Db<'_>, session_ids: &[String]) -> Result<()> {
+    let caller = identity::caller();
+    match first_not_of(db, session_ids, &caller)? {
+        Some((session_id, owner_role)) if !privileges::is_operator(db, &caller)? => {
+            Err(ClaimError::NotSessionOwner { session_id, owner_role, caller })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// A reason as it is recorded: free text, so that no reason can make a release fail.

@@ -1,15 +1,17 @@
 //! Sessions: registering and ending.
 
+use pg_claims_core::age;
 use pg_claims_core::outcome::Refusal;
 use pgrx::JsonB;
+use pgrx::datum::Interval;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
-use super::{answer, check_may_act_for, reason_or};
+use super::{answer, check_may_act_for, reason_or, shared};
 use crate::error::{ClaimError, Result, checked_id};
-use crate::identity;
 use crate::spi::session::{self, Registration};
-use crate::spi::{Db, directive, grant};
+use crate::spi::{Db, directive, grant, manager, time};
+use crate::{guc, identity};
 
 #[pg_extern(volatile, parallel_unsafe, security_definer)]
 #[search_path(pg_catalog, pg_temp)]
@@ -20,6 +22,7 @@ fn register_session(
     p_pid: default!(Option<i32>, "NULL"),
     p_codebase: default!(Option<&str>, "NULL"),
     p_metadata: default!(Option<JsonB>, "NULL"),
+    p_stale_after: default!(Option<Interval>, "NULL"),
 ) -> Result<JsonB, ErrorReport> {
     let registration = Registration {
         session_id: checked_id("p_session_id", p_session_id)?,
@@ -28,6 +31,7 @@ fn register_session(
         pid: p_pid,
         codebase: p_codebase,
         metadata: object_or_empty(p_metadata)?,
+        stale_after: checked_lease(p_stale_after)?,
     };
     Ok(Db::connect(|db| register(db, registration))?)
 }
@@ -44,9 +48,31 @@ fn object_or_empty(metadata: Option<JsonB>) -> Result<JsonB> {
     })
 }
 
+/// A lease of the session's own, within what the operator allows; zero stands for the usual one.
+fn checked_lease(stale_after: Option<Interval>) -> Result<Option<Interval>> {
+    let Some(stale_after) = stale_after else { return Ok(None) };
+    let (shortest, longest) = guc::stale_after_limits();
+    let asked = time::from_interval(&stale_after);
+    if asked.is_zero() || (shortest..=longest).contains(&asked) {
+        return Ok(Some(stale_after));
+    }
+    Err(ClaimError::InvalidArgument {
+        argument: "p_stale_after",
+        reason: format!(
+            "must be {} to {} seconds",
+            age::seconds(shortest),
+            age::seconds(longest)
+        ),
+        hint: Some(
+            "The limits are pg_claims.min_stale_after and pg_claims.max_stale_after; 0 gives up a lease of its own, and extend_lease() announces a single silence.".into(),
+        ),
+    })
+}
+
 fn register(db: &Db<'_>, registration: Registration<'_>) -> Result<JsonB> {
     let caller = identity::caller();
     let session_id = registration.session_id.to_owned();
+    shared::note_acting_for(&session_id);
     let before = session::find(db, &session_id)?;
     let is_others = before.as_ref().is_some_and(|session| session.owner_role != caller);
     let privileged = is_others && grant::is_operator(db, &caller)?;
@@ -96,6 +122,7 @@ fn end(db: &Db<'_>, session_id: &str, reason: &str) -> Result<JsonB> {
         }
         if let Some(mut state) = session::end(db, session_id, claim_id, reason)? {
             state.released_sd = sd_id;
+            manager::forget_session(db, session_id)?;
             return answer(Ok(state));
         }
     }

@@ -5,7 +5,11 @@
 //! is glue between these rules and the tables.
 
 pub mod age;
+pub mod frontier;
 pub mod id;
 pub mod lease;
+pub mod manager;
+pub mod notice;
 pub mod outcome;
+pub mod session;
 pub mod text;

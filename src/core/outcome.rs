@@ -27,6 +27,21 @@ pub struct Owner {
     pub claimed_at: DateTime<Utc>,
     /// Its acquisition's fencing token.
     pub claim_id: i64,
+    /// Until when it has announced to be silent, if that is still to come.
+    pub silent_until: Option<DateTime<Utc>>,
+    /// The last sign of progress that it gave under this or an earlier claim.
+    pub progress: Option<Progress>,
+    /// Until when the SD is kept for it although it is stale.
+    pub kept_until: Option<DateTime<Utc>>,
+}
+
+/// A sign of progress, apart from the sign of life.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Progress {
+    /// When it was given.
+    pub at: DateTime<Utc>,
+    /// What the session said.
+    pub note: Option<String>,
 }
 
 /// A claim that was granted.
@@ -127,6 +142,11 @@ pub enum Refusal {
         /// Its status.
         status: String,
     },
+    /// Another transaction is writing the session; nobody can take anything from it meanwhile.
+    SessionBusy {
+        /// The session.
+        session_id: String,
+    },
     /// The session holds no SD.
     NoClaim {
         /// The session.
@@ -152,6 +172,7 @@ impl Refusal {
             Self::SessionReleased { .. } => "session_released",
             Self::SdNotFound { .. } => "sd_not_found",
             Self::SdTerminalStatus { .. } => "sd_terminal_status",
+            Self::SessionBusy { .. } => "session_busy",
             Self::NoClaim { .. } => "no_claim",
             Self::ClaimLost { .. } => "claim_lost",
         }
@@ -189,6 +210,14 @@ struct OwnerJson<'a> {
     tty: Option<&'a str>,
     codebase: Option<&'a str>,
     claimed_at: DateTime<Utc>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    silent_until: Option<DateTime<Utc>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kept_until: Option<DateTime<Utc>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    progress_at: Option<DateTime<Utc>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    progress_note: Option<&'a str>,
 }
 
 impl Serialize for Refusal {
@@ -217,10 +246,15 @@ impl Serialize for Refusal {
                     tty: owner.tty.as_deref(),
                     codebase: owner.codebase.as_deref(),
                     claimed_at: owner.claimed_at,
+                    silent_until: owner.silent_until,
+                    kept_until: owner.kept_until,
+                    progress_at: owner.progress.as_ref().map(|progress| progress.at),
+                    progress_note: owner.progress.as_ref().and_then(|p| p.note.as_deref()),
                 });
             }
             Self::SessionNotFound { session_id }
             | Self::SessionReleased { session_id }
+            | Self::SessionBusy { session_id }
             | Self::NoClaim { session_id } => json.session_id = Some(session_id),
             Self::SdNotFound { sd_id } => json.sd_id = Some(sd_id),
             Self::SdTerminalStatus { sd_id, status } => {
@@ -235,41 +269,6 @@ impl Serialize for Refusal {
         }
         json.serialize(serializer)
     }
-}
-
-/// A session as `register_session` and `end_session` left it.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct SessionState {
-    /// Always true.
-    pub success: bool,
-    /// The session.
-    pub session_id: String,
-    /// `active` with an SD, `idle` without, `released` once ended.
-    pub status: String,
-    /// The SD that it holds.
-    pub sd_id: Option<String>,
-    /// The fencing token of that acquisition.
-    pub claim_id: Option<i64>,
-    /// What it said of itself.
-    pub hostname: Option<String>,
-    /// What it said of itself.
-    pub tty: Option<String>,
-    /// What it said of itself.
-    pub pid: Option<i32>,
-    /// What it said of itself.
-    pub codebase: Option<String>,
-    /// All metadata that was ever given, merged.
-    pub metadata: serde_json::Value,
-    /// Its last sign of life.
-    pub heartbeat_at: DateTime<Utc>,
-    /// When it was first registered.
-    pub created_at: DateTime<Utc>,
-    /// Whether this registration brought an ended session back.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub resumed: Option<bool>,
-    /// The SD that ending the session released.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub released_sd: Option<String>,
 }
 
 /// A release that was done.
@@ -287,24 +286,6 @@ pub struct Released {
     pub reason: String,
     /// When it ended.
     pub released_at: DateTime<Utc>,
-}
-
-/// A heartbeat that was recorded.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Beat {
-    /// Always true.
-    pub success: bool,
-    /// The session.
-    pub session_id: String,
-    /// The sign of life that counts from now on.
-    pub heartbeat_at: DateTime<Utc>,
-    /// The SD that the session holds now.
-    pub sd_id: Option<String>,
-    /// The fencing token of that acquisition.
-    pub claim_id: Option<i64>,
-    /// The claim that the session lost against its will since its last claim.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub lost_claim: Option<LostClaim>,
 }
 
 /// Whether an SD is claimed, with the seed system's camel-case keys.
@@ -391,6 +372,9 @@ pub(crate) mod tests {
             track: None,
             claimed_at: DateTime::UNIX_EPOCH,
             claim_id: 7,
+            silent_until: None,
+            progress: None,
+            kept_until: None,
         }
     }
 

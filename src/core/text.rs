@@ -1,5 +1,7 @@
 //! The words that people read.
 
+use chrono::{DateTime, Utc};
+
 use crate::age;
 use crate::outcome::{Claimed, Owner, Refusal};
 
@@ -10,15 +12,19 @@ const UNKNOWN: &str = "unknown";
 pub fn message(refusal: &Refusal) -> String {
     match refusal {
         Refusal::AlreadyClaimed { sd_id, owner } => format!(
-            "{sd_id} is already claimed by {} (heartbeat {}, host {})",
+            "{sd_id} is already claimed by {} (heartbeat {}, {}host {})",
             owner.session_id,
             age::human(owner.heartbeat_age),
+            waiting(owner).map(|(name, until)| format!("{name} {until}, ")).unwrap_or_default(),
             told(&owner.hostname),
         ),
         Refusal::SessionNotFound { session_id } => {
             format!("session \"{session_id}\" is not registered")
         }
         Refusal::SessionReleased { session_id } => format!("session \"{session_id}\" has ended"),
+        Refusal::SessionBusy { session_id } => {
+            format!("session \"{session_id}\" is being written by another transaction")
+        }
         Refusal::SdNotFound { sd_id } => format!("the backlog has no SD \"{sd_id}\""),
         Refusal::SdTerminalStatus { sd_id, status } => format!("{sd_id} is {status}"),
         Refusal::NoClaim { session_id } => format!("session \"{session_id}\" holds no SD"),
@@ -38,6 +44,9 @@ pub fn hint(refusal: &Refusal) -> Option<&'static str> {
         Refusal::SessionReleased { .. } => {
             Some("Call register_session() to bring the session back.")
         }
+        Refusal::SessionBusy { .. } => Some(
+            "Beat again at the next turn; until that transaction ends nothing can be taken from the session.",
+        ),
         Refusal::SdNotFound { .. } => {
             Some("See v_directives for the SDs that can be claimed, by their ids.")
         }
@@ -96,13 +105,26 @@ pub fn refused(refusal: &Refusal) -> String {
 }
 
 fn already_claimed(sd_id: &str, owner: &Owner) -> String {
-    format!(
+    let mut text = format!(
         "❌ {sd_id} is already claimed\n   Session: {}\n   Heartbeat: {}\n   Hostname: {}\n   TTY: {}",
         owner.session_id,
         age::human(owner.heartbeat_age),
         told(&owner.hostname),
         told(&owner.tty),
-    )
+    );
+    if let Some((name, until)) = waiting(owner) {
+        text.push_str(&format!("\n   {}{}: {until}", name[..1].to_uppercase(), &name[1..]));
+    }
+    text
+}
+
+/// Why an owner that does not beat keeps the SD, and until when.
+fn waiting(owner: &Owner) -> Option<(&'static str, String)> {
+    let told = |name, until: Option<DateTime<Utc>>| {
+        until.map(|until| (name, until.format("%Y-%m-%d %H:%M:%S UTC").to_string()))
+    };
+    told("silent until", owner.silent_until)
+        .or_else(|| told("stale, kept for it until", owner.kept_until))
 }
 
 /// What a session told of itself, on one line: control characters could forge the lines that follow
@@ -119,7 +141,6 @@ fn printable(text: &str) -> String {
 mod tests {
     use super::*;
     use crate::outcome::{TookOver, tests::owner};
-    use chrono::DateTime;
 
     fn refused_by(owner: Owner) -> String {
         refused(&Refusal::AlreadyClaimed { sd_id: "SD-LEO-001".into(), owner })
@@ -139,6 +160,17 @@ mod tests {
         assert_eq!(
             refused_by(silent),
             "❌ SD-LEO-001 is already claimed\n   Session: session_abc123_tty1_1234\n   Heartbeat: 45s ago\n   Hostname: unknown\n   TTY: unknown"
+        );
+    }
+
+    #[test]
+    fn an_owner_that_announced_silence_says_until_when() {
+        let until = DateTime::from_timestamp(1_800_000_000, 0);
+        let silent = Owner { silent_until: until, ..owner() };
+        assert!(refused_by(silent).ends_with("\n   Silent until: 2027-01-15 08:00:00 UTC"));
+        let kept = Owner { kept_until: until, ..owner() };
+        assert!(
+            refused_by(kept).ends_with("\n   Stale, kept for it until: 2027-01-15 08:00:00 UTC")
         );
     }
 

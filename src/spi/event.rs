@@ -7,6 +7,7 @@ use pgrx::pg_sys::BuiltinOid::{FLOAT8OID, INT8OID, JSONBOID, TEXTOID};
 use super::statement::{Db, Statement};
 use crate::error::Result;
 use crate::identity;
+use crate::worker::wake;
 
 /// What happened to a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,11 +18,15 @@ pub enum EventType {
     Switched,
     Released,
     TakenOver,
+    Stale,
+    Reaped,
+    MaxAgeWarning,
     Ended,
 }
 
 impl EventType {
-    fn name(self) -> &'static str {
+    /// Its name in the audit.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Registered => "registered",
             Self::Resumed => "resumed",
@@ -29,6 +34,9 @@ impl EventType {
             Self::Switched => "switched",
             Self::Released => "released",
             Self::TakenOver => "taken_over",
+            Self::Stale => "stale",
+            Self::Reaped => "reaped",
+            Self::MaxAgeWarning => "max_age_warning",
             Self::Ended => "ended",
         }
     }
@@ -61,6 +69,7 @@ static RECORD: Statement = Statement::new(
 
 /// Records an event as done by the calling role, at this moment.
 pub fn record(db: &Db<'_>, event: Event<'_>) -> Result<()> {
+    wake::at_commit();
     db.run(
         &RECORD,
         &[

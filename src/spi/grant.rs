@@ -34,10 +34,19 @@ impl Level {
 
 /// The views and tables that each level may read.
 const RELATIONS: &[(Level, &[&str])] = &[
-    (Level::Viewer, &["v_active_sessions", "v_directives"]),
+    (Level::Viewer, &["v_active_sessions", "v_directives", "v_worker_health"]),
     (
         Level::Operator,
-        &["claude_sessions", "sd_claims", "session_lifecycle_events", "directive_binding"],
+        &[
+            "claude_sessions",
+            "sd_claims",
+            "session_lifecycle_events",
+            "lifecycle_event_positions",
+            "event_frontier",
+            "heartbeat_connections",
+            "worker_health",
+            "directive_binding",
+        ],
     ),
 ];
 
@@ -47,7 +56,16 @@ const BACKLOG: &str = "SELECT, INSERT, UPDATE, DELETE";
 /// The functions that each level may call. The lease functions stand behind v_active_sessions,
 /// whose reader the server asks for the privilege.
 const FUNCTIONS: &[(Level, &[&str])] = &[
-    (Level::Viewer, &["is_sd_claimed", "lease_expires_at", "heartbeat_age_human"]),
+    (
+        Level::Viewer,
+        &[
+            "is_sd_claimed",
+            "lease_expires_at",
+            "claim_reclaimable_at",
+            "heartbeat_age_human",
+            "lifecycle_events_since",
+        ],
+    ),
     (
         Level::Worker,
         &[
@@ -57,9 +75,20 @@ const FUNCTIONS: &[(Level, &[&str])] = &[
             "release_sd",
             "sd_start",
             "update_session_heartbeat",
+            "heartbeat_sessions",
+            "extend_lease",
+            "report_progress",
+            "start_heartbeat",
+            "stop_heartbeat",
+            "is_heartbeat_active",
+            "get_heartbeat_stats",
+            "force_heartbeat",
         ],
     ),
-    (Level::Operator, &["bind_directives", "unbind_directives"]),
+    (
+        Level::Operator,
+        &["bind_directives", "unbind_directives", "cleanup_stale_sessions", "prune_history"],
+    ),
 ];
 
 /// Gives `role` exactly `level`.

@@ -1,7 +1,7 @@
 //! Reading columns of a result row by position.
 
-use chrono::{DateTime, Utc};
-use pgrx::datum::TimestampWithTimeZone;
+use chrono::{DateTime, TimeDelta, Utc};
+use pgrx::datum::{Interval, TimestampWithTimeZone};
 use pgrx::spi::SpiTupleTable;
 
 use super::statement::required;
@@ -16,6 +16,8 @@ pub trait Row {
     fn bigint(&self, position: usize) -> Result<Option<i64>>;
     /// A timestamptz that may be NULL.
     fn instant(&self, position: usize) -> Result<Option<DateTime<Utc>>>;
+    /// An interval that may be NULL.
+    fn time(&self, position: usize) -> Result<Option<TimeDelta>>;
     /// A boolean; NULL counts as false.
     fn flag(&self, position: usize) -> Result<bool>;
 
@@ -44,6 +46,10 @@ impl Row for SpiTupleTable<'_> {
 
     fn instant(&self, position: usize) -> Result<Option<DateTime<Utc>>> {
         Ok(self.get::<TimestampWithTimeZone>(position)?.map(time::from_server))
+    }
+
+    fn time(&self, position: usize) -> Result<Option<TimeDelta>> {
+        Ok(self.get::<Interval>(position)?.map(|interval| time::from_interval(&interval)))
     }
 
     fn flag(&self, position: usize) -> Result<bool> {

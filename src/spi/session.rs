@@ -1,9 +1,10 @@
-//! Sessions: reading, registering, beating, letting go of an SD, ending.
+//! Sessions: reading, registering, letting go of an SD, ending.
 
 use chrono::{DateTime, Utc};
-use pg_claims_core::outcome::{Beat, SessionState};
+use pg_claims_core::session::SessionState;
 use pgrx::JsonB;
-use pgrx::pg_sys::BuiltinOid::{BOOLOID, INT4OID, INT8OID, JSONBOID, TEXTOID};
+use pgrx::datum::Interval;
+use pgrx::pg_sys::BuiltinOid::{BOOLOID, INT4OID, INT8OID, INTERVALOID, JSONBOID, TEXTOID};
 use pgrx::spi::SpiTupleTable;
 
 use super::row::Row;
@@ -61,6 +62,8 @@ pub struct Registration<'a> {
     pub pid: Option<i32>,
     pub codebase: Option<&'a str>,
     pub metadata: JsonB,
+    /// A lease of its own; zero gives it up for the usual one.
+    pub stale_after: Option<Interval>,
 }
 
 // What a new registration does not mention stays; metadata merges at its top level. The owner's
@@ -69,14 +72,15 @@ static REGISTER: Statement = Statement::new(
     |c| {
         format!(
             "INSERT INTO {x}.claude_sessions AS s
-                    (session_id, hostname, tty, pid, codebase, metadata, owner_role)
-             VALUES ($1, $2, $3, $4, $5, $6, $7::name)
+                    (session_id, hostname, tty, pid, codebase, metadata, owner_role, stale_after)
+             VALUES ($1, $2, $3, $4, $5, $6, $7::name, NULLIF($9, interval '0'))
              ON CONFLICT (session_id) DO UPDATE
                 SET hostname = COALESCE(EXCLUDED.hostname, s.hostname),
                     tty = COALESCE(EXCLUDED.tty, s.tty),
                     pid = COALESCE(EXCLUDED.pid, s.pid),
                     codebase = COALESCE(EXCLUDED.codebase, s.codebase),
                     metadata = s.metadata OPERATOR(pg_catalog.||) EXCLUDED.metadata,
+                    stale_after = CASE WHEN $9 IS NULL THEN s.stale_after ELSE EXCLUDED.stale_after END,
                     status = CASE s.status WHEN 'released' THEN 'idle' ELSE s.status END,
                     released_at = CASE s.status WHEN 'released' THEN NULL ELSE s.released_at END,
                     release_reason = CASE s.status WHEN 'released' THEN NULL ELSE s.release_reason END,
@@ -87,11 +91,11 @@ static REGISTER: Statement = Statement::new(
             x = c.schema
         )
     },
-    &[TEXTOID, TEXTOID, TEXTOID, INT4OID, TEXTOID, JSONBOID, TEXTOID, BOOLOID],
+    &[TEXTOID, TEXTOID, TEXTOID, INT4OID, TEXTOID, JSONBOID, TEXTOID, BOOLOID, INTERVALOID],
 );
 
 const STATE: &str = "session_id, status, sd_id, claim_id, hostname, tty, pid, codebase, metadata,
-                     heartbeat_at, created_at";
+                     heartbeat_at, created_at, EXTRACT(EPOCH FROM stale_after)::float8";
 
 fn read_state(row: &SpiTupleTable<'_>) -> Result<SessionState> {
     Ok(SessionState {
@@ -107,6 +111,7 @@ fn read_state(row: &SpiTupleTable<'_>) -> Result<SessionState> {
         metadata: required(row.get::<JsonB>(9)?, "claude_sessions.metadata")?.0,
         heartbeat_at: row.required_instant(10, "claude_sessions.heartbeat_at")?,
         created_at: row.required_instant(11, "claude_sessions.created_at")?,
+        stale_after_seconds: row.get(12)?,
         resumed: None,
         released_sd: None,
     })
@@ -131,49 +136,11 @@ pub fn register(
             session.metadata.into(),
             owner_role.into(),
             privileged.into(),
+            session.stale_after.into(),
         ],
     )?
     .map(|row| read_state(&row))
     .transpose()
-}
-
-static BEAT: Statement = Statement::new(
-    |c| {
-        format!(
-            "UPDATE {}.claude_sessions
-                SET heartbeat_at = GREATEST(heartbeat_at, pg_catalog.clock_timestamp())
-              WHERE session_id = $1 AND status <> 'released'
-                AND owner_role = $2 AND ($3 IS NULL OR claim_id = $3)
-          RETURNING heartbeat_at, sd_id, claim_id, lost_claim_id",
-            c.schema
-        )
-    },
-    &[TEXTOID, TEXTOID, INT8OID],
-);
-
-/// Records a sign of life: never backwards, on the database's clock. With a claim id only while
-/// exactly that acquisition is held. `None` when there is no such session of `owner_role`, it has
-/// ended, or it does not hold the claim. The second value is the claim that the session lost.
-pub fn beat(
-    db: &Db<'_>,
-    session_id: &str,
-    owner_role: &str,
-    claim_id: Option<i64>,
-) -> Result<Option<(Beat, Option<i64>)>> {
-    let Some(row) =
-        db.first_row(&BEAT, &[session_id.into(), owner_role.into(), claim_id.into()])?
-    else {
-        return Ok(None);
-    };
-    let beat = Beat {
-        success: true,
-        session_id: session_id.to_owned(),
-        heartbeat_at: row.required_instant(1, "claude_sessions.heartbeat_at")?,
-        sd_id: row.text(2)?,
-        claim_id: row.bigint(3)?,
-        lost_claim: None,
-    };
-    Ok(Some((beat, row.bigint(4)?)))
 }
 
 static LET_GO: Statement = Statement::new(
@@ -181,7 +148,7 @@ static LET_GO: Statement = Statement::new(
         format!(
             "UPDATE {}.claude_sessions
                 SET sd_id = NULL, claim_id = NULL, claimed_at = NULL, track = NULL,
-                    status = 'idle',
+                    status = 'idle', silent_until = NULL,
                     lost_claim_id = CASE WHEN $4 THEN claim_id END, lost_to = NULL,
                     released_at = pg_catalog.clock_timestamp(), release_reason = $3,
                     updated_at = pg_catalog.clock_timestamp()

@@ -1,7 +1,7 @@
 //! The server's timestamps as chrono's.
 
-use chrono::{DateTime, Utc};
-use pgrx::datum::TimestampWithTimeZone;
+use chrono::{DateTime, TimeDelta, Utc};
+use pgrx::datum::{Interval, TimestampWithTimeZone};
 use pgrx::pg_sys;
 
 use crate::error::{ClaimError, Result};
@@ -33,7 +33,17 @@ pub fn to_server(instant: DateTime<Utc>) -> Result<TimestampWithTimeZone> {
         .map_err(|_| ClaimError::Corrupt { what: "a timestamp" })
 }
 
-fn from_microseconds(microseconds: i64) -> DateTime<Utc> {
+/// A length of time, with months of 30 days and days of 24 hours as `EXTRACT(EPOCH …)` has them;
+/// what chrono cannot hold becomes its longest.
+pub fn from_interval(interval: &Interval) -> TimeDelta {
+    let days = i64::from(interval.months()) * 30 + i64::from(interval.days());
+    TimeDelta::try_days(days)
+        .and_then(|days| days.checked_add(&TimeDelta::microseconds(interval.micros())))
+        .unwrap_or(TimeDelta::MAX)
+}
+
+/// Microseconds since the server's epoch.
+pub fn from_microseconds(microseconds: i64) -> DateTime<Utc> {
     let end = if microseconds < 0 { DateTime::<Utc>::MIN_UTC } else { DateTime::<Utc>::MAX_UTC };
     microseconds
         .checked_add(SERVER_EPOCH_MICROSECONDS)

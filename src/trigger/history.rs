@@ -138,6 +138,12 @@ fn ended(
     claim::close(db, claim_id, at, reason, taken_over_by)?;
     let (event_type, detail) = match taken_over_by {
         Some(session_id) => (EventType::TakenOver, json!({ "taken_over_by": session_id })),
+        None if claim::reap::is_reaping(claim_id) => {
+            if old.stale_noted_for != old.heartbeat_at {
+                event::record(db, plain(EventType::Stale, old, None))?;
+            }
+            (EventType::Reaped, json!({}))
+        }
         None => (EventType::Released, json!({})),
     };
     let event = Event {

@@ -41,6 +41,7 @@ struct SessionRow {
     lost_claim_id: Option<i64>,
     lost_to: Option<String>,
     heartbeat_at: Option<DateTime<Utc>>,
+    stale_noted_for: Option<DateTime<Utc>>,
 }
 
 impl SessionRow {
@@ -64,6 +65,7 @@ impl SessionRow {
             lost_claim_id: tuple.get_by_name("lost_claim_id")?,
             lost_to: text("lost_to")?,
             heartbeat_at: instant("heartbeat_at")?,
+            stale_noted_for: instant("stale_noted_for")?,
         })
     }
 

@@ -12,8 +12,13 @@ use crate::lock::Lock;
 use crate::progress;
 use crate::setup::{self, Choice};
 
-/// What the tests need of a server: room for their connections, and no waiting for the disk.
-const SETTINGS: [&str; 5] = [
+/// What the tests need of a server: room for their connections, and no waiting for the disk. What a
+/// test makes stale must stay so until the test itself does something about it: nothing is reaped in
+/// the background, and a server that has just started grants no grace. Tests of the worker and of
+/// restarts start servers of their own.
+const SETTINGS: [&str; 7] = [
+    "pg_claims.worker = off",
+    "pg_claims.restart_grace = off",
     "max_connections = 400",
     "fsync = off",
     "full_page_writes = off",

@@ -130,7 +130,7 @@ fn heartbeats_are_hot() {
 fn announced_silence_counts_for_view_claim_and_question_alike() {
     let (_db, mut c) = coordinated();
     granted(&mut c, "SD-1", "s1");
-    age_heartbeat(&mut c, "s1", "1 hour");
+    age_heartbeat(&mut c, "s1", "10 minutes");
     c.batch_execute("UPDATE claude_sessions SET silent_until = clock_timestamp() + interval '5 minutes' WHERE session_id = 's1'")
         .unwrap();
     let status = "SELECT computed_status FROM v_active_sessions WHERE session_id = 's1'";
@@ -159,7 +159,8 @@ fn the_view_has_its_columns_in_order_and_numbers_for_ages() {
         .collect();
     let expected = "id session_id sd_id sd_title track tty pid hostname codebase claimed_at heartbeat_at status \
         metadata created_at heartbeat_age_seconds heartbeat_age_minutes seconds_until_stale computed_status \
-        claim_duration_minutes heartbeat_age_human claim_id silent_until stale_at owner_role updated_at";
+        claim_duration_minutes heartbeat_age_human claim_id silent_until stale_at owner_role updated_at \
+        stale_after progress_at progress_note progress_age_seconds reclaimable_at";
     assert_eq!(columns.join(" "), expected);
 
     granted(&mut c, "SD-1", "s1");

@@ -61,6 +61,18 @@ pub fn age_heartbeat(client: &mut Client, session: &str, by: &str) {
     assert_eq!(updated, 1);
 }
 
+/// A trigger of the user's that will not let an SD become free.
+pub fn refuse_release_of(client: &mut Client, sd: &str) {
+    client
+        .batch_execute(&format!(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+             $$ BEGIN RAISE EXCEPTION 'this SD stays taken'; END $$;
+             CREATE TRIGGER refuse BEFORE UPDATE ON strategic_directives_v2 FOR EACH ROW
+             WHEN (OLD.sd_id = '{sd}' AND NOT NEW.is_working_on) EXECUTE FUNCTION refuse()"
+        ))
+        .unwrap();
+}
+
 /// One value as text, NULL as `None`.
 pub fn value(client: &mut Client, sql: &str) -> Option<String> {
     let row = client.query_one(&format!("SELECT ({sql})::text"), &[]).unwrap();

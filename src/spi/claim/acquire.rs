@@ -113,10 +113,11 @@ fn judge(
         return Ok(Verdict::Refuse(Refusal::SdTerminalStatus { sd_id: sd.sd_id, status }));
     }
     let stale_owner = match picture.owner {
-        Some((owner, false)) => {
+        // A stale owner's SD may still be kept for it for a while.
+        Some((owner, is_stale)) if !is_stale || owner.kept_until.is_some() => {
             return Ok(Verdict::Refuse(Refusal::AlreadyClaimed { sd_id: sd.sd_id, owner }));
         }
-        Some((owner, true)) => Some(owner),
+        Some((owner, _)) => Some(owner),
         None => None,
     };
     Ok(Verdict::Take { sd_id: sd.sd_id, gives_up: session.claim, stale_owner })
@@ -209,14 +210,15 @@ static EXPIRE: Statement = Statement::new(
         format!(
             "UPDATE {x}.claude_sessions
                 SET sd_id = NULL, claim_id = NULL, claimed_at = NULL, track = NULL,
-                    status = 'idle', lost_claim_id = claim_id, lost_to = $3,
+                    status = 'idle', silent_until = NULL,
+                    lost_claim_id = claim_id, lost_to = $3,
                     released_at = pg_catalog.clock_timestamp(), release_reason = $4,
                     updated_at = pg_catalog.clock_timestamp()
               WHERE session_id = $1 AND claim_id = $2
-                AND {x}.lease_expires_at(heartbeat_at, silent_until)
-                    <= pg_catalog.clock_timestamp()
+                AND {reclaimable_at} <= pg_catalog.clock_timestamp()
           RETURNING 1",
-            x = c.schema
+            x = c.schema,
+            reclaimable_at = super::reclaimable_at(&c.schema),
         )
     },
     &[TEXTOID, INT8OID, TEXTOID, TEXTOID],

@@ -3,6 +3,7 @@
 mod acquire;
 mod history;
 mod picture;
+pub mod reap;
 
 pub use acquire::acquire;
 pub use history::{close, discard, is_opening, lost, next_id, open, open_as};
@@ -13,6 +14,11 @@ use std::cell::Cell;
 thread_local! {
     /// The acquisition that is being given to its session by this backend right now.
     static GRANTING: Cell<Option<i64>> = const { Cell::new(None) };
+}
+
+/// From when on a row of claude_sessions may lose its claim to another session or to the reaper.
+fn reclaimable_at(schema: &str) -> String {
+    format!("{schema}.claim_reclaimable_at(heartbeat_at, silent_until, stale_after, claimed_at)")
 }
 
 /// Whether `claim_id` was opened by this extension for the row that is being written. The trigger

@@ -2,13 +2,13 @@
 
 use chrono::{DateTime, Utc};
 use pg_claims_core::age;
-use pg_claims_core::lease::Lease;
-use pg_claims_core::outcome::Owner;
+use pg_claims_core::outcome::{Owner, Progress};
 use pgrx::pg_sys::BuiltinOid::TEXTOID;
 
 use crate::error::Result;
 use crate::guc;
 use crate::spi::directive;
+use crate::spi::heartbeat;
 use crate::spi::row::Row;
 use crate::spi::session::Session;
 use crate::spi::statement::{Db, Statement};
@@ -46,8 +46,9 @@ static PICTURE: Statement = Statement::new(
             "SELECT s.session_id, s.status, s.owner_role::text, s.sd_id, s.claim_id,
                     s.claimed_at, s.track,
                     d.sd_id, d.status, d.is_terminal,
-                    o.session_id, o.heartbeat_at, o.silent_until, o.hostname, o.tty, o.codebase,
-                    o.track, o.claimed_at, o.claim_id
+                    o.session_id, o.heartbeat_at, o.silent_until, o.stale_after, o.claimed_at,
+                    o.hostname, o.tty, o.codebase, o.track, o.claim_id, o.progress_at,
+                    o.progress_note
                FROM (VALUES (1)) AS one
                LEFT JOIN {x}.claude_sessions s ON s.session_id = $1
                LEFT JOIN LATERAL ({resolve}) d ON true
@@ -83,22 +84,27 @@ pub fn look(db: &Db<'_>, session_id: Option<&str>, sd_id: &str) -> Result<Pictur
     let owner = match row.text(11)? {
         None => None,
         Some(session_id) => {
-            let lease = Lease {
-                heartbeat_at: row.required_instant(12, "claude_sessions.heartbeat_at")?,
-                silent_until: row.instant(13)?,
-                stale_after: guc::stale_after(),
-            };
+            let lease = heartbeat::read_lease(&row, 12)?;
+            let rules = guc::lease_rules();
+            let is_stale = lease.is_stale(&rules, at);
+            let reclaimable_at = lease.reclaimable_at(&rules);
             let owner = Owner {
                 session_id,
                 heartbeat_age: age::age(lease.heartbeat_at, at),
-                hostname: row.text(14)?,
-                tty: row.text(15)?,
-                codebase: row.text(16)?,
-                track: row.text(17)?,
-                claimed_at: row.required_instant(18, "claude_sessions.claimed_at")?,
-                claim_id: row.required_bigint(19, "claude_sessions.claim_id")?,
+                hostname: row.text(16)?,
+                tty: row.text(17)?,
+                codebase: row.text(18)?,
+                track: row.text(19)?,
+                claimed_at: row.required_instant(15, "claude_sessions.claimed_at")?,
+                claim_id: row.required_bigint(20, "claude_sessions.claim_id")?,
+                silent_until: lease.announced_silence(&rules, at),
+                progress: row
+                    .instant(21)?
+                    .map(|at| row.text(22).map(|note| Progress { at, note }))
+                    .transpose()?,
+                kept_until: (is_stale && reclaimable_at > at).then_some(reclaimable_at),
             };
-            Some((owner, lease.is_stale(at)))
+            Some((owner, is_stale))
         }
     };
     Ok(Picture {

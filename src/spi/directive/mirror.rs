@@ -96,6 +96,36 @@ pub fn lock(db: &Db<'_>, mut sd_ids: Vec<String>) -> Result<()> {
     Ok(())
 }
 
+static TRY_LOCK: Statement = Statement::new(
+    |catalog| {
+        over_backlog(catalog, "SELECT 1 WHERE $1 IS NULL", |b| {
+            format!(
+                "SELECT 1 FROM {} b WHERE {} = $1 FOR NO KEY UPDATE OF b SKIP LOCKED",
+                b.from,
+                b.canonical()
+            )
+        })
+    },
+    &[TEXTOID],
+);
+
+static EXISTS: Statement = Statement::new(
+    |catalog| {
+        over_backlog(catalog, "SELECT 1 WHERE $1 IS NULL", |b| {
+            format!("SELECT 1 FROM {} b WHERE {} = $1", b.from, b.canonical())
+        })
+    },
+    &[TEXTOID],
+);
+
+/// Locks the SD like [`lock`], unless somebody else is writing it: then false. An SD that the
+/// backlog does not have cannot be written by anybody.
+pub fn try_lock(db: &Db<'_>, sd_id: &str) -> Result<bool> {
+    catalog::lock_history(db)?;
+    Ok(run_as_owner(db, &TRY_LOCK, &[sd_id.into()])? > 0
+        || run_as_owner(db, &EXISTS, &[sd_id.into()])? == 0)
+}
+
 thread_local! {
     /// What this backend is writing into the mirror right now.
     static SYNCING: RefCell<Option<Target>> = const { RefCell::new(None) };

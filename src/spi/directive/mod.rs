@@ -11,4 +11,4 @@ pub use attach::{attach_own, rebuild_view};
 pub use backlog::{Backlog, resolve};
 pub use bind::{bind, unbind};
 pub use columns::Columns;
-pub use mirror::{lock, sync, target, title};
+pub use mirror::{lock, sync, target, title, try_lock};

@@ -1,0 +1,178 @@
+//! Restart, crash and promotion: nothing is lost, and the time that it took counts against nobody.
+
+use std::collections::HashSet;
+use std::fs;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use pg_claims_tests::{Server, Stop, json, own_server, wait_until};
+use postgres::{Client, NoTls};
+
+use crate::support::*;
+
+fn connect(server: &Server) -> Client {
+    server.config("postgres").connect(NoTls).unwrap()
+}
+
+fn coordinated_server(name: &str, settings: &[&str]) -> (Server, Client) {
+    let server = own_server(name, settings);
+    let mut c = connect(&server);
+    c.batch_execute("CREATE EXTENSION pg_claims").unwrap();
+    backlog(&mut c);
+    for session in ["s1", "s2"] {
+        register(&mut c, session);
+    }
+    (server, c)
+}
+
+const STATUS: &str = "SELECT computed_status FROM v_active_sessions WHERE session_id = 's1'";
+
+#[test]
+fn a_restart_and_a_crash_give_everybody_one_full_lease() {
+    let settings = ["pg_claims.stale_after = 4s", "pg_claims.auto_reap = off"];
+    let (server, mut c) = coordinated_server("grace", &settings);
+    granted(&mut c, "SD-1", "s1");
+    age_heartbeat(&mut c, "s1", "1 hour");
+    wait_until("the server to have been up for a lease", || {
+        value(&mut c, STATUS).as_deref() == Some("stale")
+    });
+    let restarts: [(&str, &dyn Fn()); 2] = [
+        ("restart", &|| {
+            server.stop(Stop::Fast).unwrap();
+            server.start().unwrap();
+        }),
+        ("crash", &|| {
+            server.crash().unwrap();
+            server.start().unwrap();
+        }),
+    ];
+    for (what, restart) in restarts {
+        restart();
+        let mut c = connect(&server);
+        assert_eq!(value(&mut c, STATUS).as_deref(), Some("active"), "{what}");
+        assert_eq!(claim(&mut c, "SD-1", "s2")["claimed_by"], "s1", "{what}");
+        // One lease, and not for ever.
+        wait_until("the grace to end", || value(&mut c, STATUS).as_deref() == Some("stale"));
+    }
+    // A single process that is lost takes all others along, and the server recovers by itself.
+    let mut c = connect(&server);
+    let pid = pg_claims_tests::backend_pid(&mut connect(&server));
+    let mut victim = connect(&server);
+    let pid = pid.max(pg_claims_tests::backend_pid(&mut victim));
+    kill(pid);
+    wait_until("the server to have noticed", || c.simple_query("SELECT 1").is_err());
+    let mut c = reconnect(&server);
+    assert_eq!(value(&mut c, STATUS).as_deref(), Some("active"), "after a recovery");
+    assert_eq!(claim(&mut c, "SD-1", "s2")["claimed_by"], "s1");
+}
+
+fn kill(pid: i32) {
+    let killed = std::process::Command::new("kill").args(["-9", &pid.to_string()]).status();
+    assert!(killed.unwrap().success());
+}
+
+fn reconnect(server: &Server) -> Client {
+    let mut client = None;
+    wait_until("the server to accept connections", || {
+        client = server.config("postgres").connect(NoTls).ok();
+        client.is_some()
+    });
+    client.unwrap()
+}
+
+#[test]
+fn a_server_killed_in_mid_load_comes_back_in_step_and_repeats_no_token() {
+    // Durable commits, as in production.
+    let (server, mut c) = coordinated_server("killed", &["pg_claims.reap_interval = 1s"]);
+    for n in 0..6 {
+        register(&mut c, &format!("busy-{n}"));
+    }
+    let tokens = Mutex::new(HashSet::new());
+    let stop = AtomicBool::new(false);
+    let work = |n: usize, mut client: Client| {
+        // Until the connection is lost.
+        while !stop.load(Ordering::Relaxed) {
+            let sd = format!("SD-{}", n + 1);
+            let session = format!("busy-{n}");
+            let answer = client.query_one("SELECT claim_sd($1, $2)", &[&sd, &session]);
+            let Ok(row) = answer else { return };
+            let answer: serde_json::Value = row.get(0);
+            if let Some(token) = answer["claim_id"].as_i64()
+                && answer["already_owned"] == false
+            {
+                assert!(tokens.lock().unwrap().insert(token), "token {token} repeated");
+            }
+            if client.query("SELECT release_sd($1)", &[&session]).is_err() {
+                return;
+            }
+        }
+    };
+    for _ in 0..3 {
+        thread::scope(|scope| {
+            for n in 0..6 {
+                let client = reconnect(&server);
+                let work = &work;
+                scope.spawn(move || work(n, client));
+            }
+            thread::sleep(Duration::from_millis(300));
+            server.crash().unwrap();
+            server.start().unwrap();
+        });
+        let mut c = reconnect(&server);
+        assert_in_step(&mut c);
+        // Every acquisition that a client was told of is there.
+        let known: HashSet<i64> = c
+            .query("SELECT claim_id FROM sd_claims", &[])
+            .unwrap()
+            .iter()
+            .map(|row| row.get(0))
+            .collect();
+        let told = tokens.lock().unwrap();
+        let lost: Vec<_> = told.difference(&known).collect();
+        assert!(lost.is_empty(), "acquisitions were forgotten: {lost:?}");
+    }
+    stop.store(true, Ordering::Relaxed);
+    assert!(tokens.lock().unwrap().len() > 50, "there was no load");
+}
+
+#[test]
+fn a_standby_shows_everything_writes_nothing_and_gives_grace_once_promoted() {
+    let settings = [
+        "shared_preload_libraries = 'pg_claims'",
+        "pg_claims.stale_after = 3s",
+        "pg_claims.reap_interval = 1s",
+        "restore_command = 'false'",
+    ];
+    let (server, mut c) = coordinated_server("standby", &settings);
+    let held = granted(&mut c, "SD-1", "s1");
+    drop(c);
+    // The same data as a standby that has no primary any more.
+    server.stop(Stop::Fast).unwrap();
+    fs::write(server.data().join("standby.signal"), "").unwrap();
+    server.start().unwrap();
+    let mut standby = connect(&server);
+    wait_until("more than a lease to pass", || {
+        let silent =
+            "SELECT heartbeat_age_seconds > 4 FROM v_active_sessions WHERE session_id = 's1'";
+        value(&mut standby, silent).as_deref() == Some("true")
+    });
+    let error = standby.query("SELECT claim_sd('SD-1', 's2')", &[]).unwrap_err();
+    assert_eq!(pg_claims_tests::sqlstate(&error), "25006");
+    let workers = "SELECT count(*) FROM pg_stat_activity WHERE backend_type LIKE 'pg_claims%'";
+    assert_eq!(count(&mut standby, workers), 0);
+    assert_eq!(json(&mut standby, "SELECT is_heartbeat_active()", &[])["active"], false);
+    standby.batch_execute("SELECT pg_promote()").unwrap();
+    wait_until("the promotion", || {
+        value(&mut standby, "SELECT pg_is_in_recovery()").as_deref() == Some("false")
+    });
+    // Also for a connection that was there before.
+    assert_eq!(value(&mut standby, STATUS).as_deref(), Some("active"));
+    assert_eq!(claim(&mut standby, "SD-1", "s2")["claimed_by"], "s1");
+    wait_until("the worker to be there and to reap once the grace is over", || {
+        value(&mut standby, "SELECT sd_id FROM claude_sessions WHERE session_id = 's1'").is_none()
+    });
+    assert!(granted(&mut standby, "SD-1", "s2") > held, "tokens only grow");
+    assert_in_step(&mut standby);
+}

@@ -1,0 +1,100 @@
+//! The heartbeat manager: the server beats for this connection.
+
+use pg_claims_core::manager::{Activity, NotStarted, Started, Stats, Stopped};
+use pg_claims_core::outcome::Refusal;
+use pg_claims_core::session::Beat;
+use pgrx::JsonB;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::prelude::*;
+use serde_json::Value;
+
+use super::heartbeat::{beat, checked_session};
+use super::{answer, shared};
+use crate::error::{Result, checked_id};
+use crate::guc;
+use crate::spi::manager::{self, Connection};
+use crate::spi::{Db, time};
+use crate::worker::wake;
+
+#[pg_extern(volatile, parallel_unsafe, security_definer)]
+#[search_path(pg_catalog, pg_temp)]
+fn start_heartbeat(p_session_id: Option<&str>) -> Result<JsonB, ErrorReport> {
+    let session_id = checked_id("p_session_id", p_session_id)?;
+    Ok(Db::connect(|db| Ok(JsonB(start(db, session_id)?)))?)
+}
+
+fn start(db: &Db<'_>, session_id: &str) -> Result<Value> {
+    if let Err(refusal) = checked_session(db, session_id)? {
+        return Ok(serde_json::to_value(refusal)?);
+    }
+    let connection = Connection::own();
+    let running = manager::find(db, connection)?.filter(|running| !running.given_up);
+    if let Some(running) = running.filter(|running| running.session_id != session_id) {
+        return Ok(serde_json::to_value(NotStarted::other_session(&running.session_id))?);
+    }
+    // Never a promise that nobody would keep.
+    if let Err(no_worker) = wake::ensure() {
+        return Ok(serde_json::to_value(NotStarted::no_worker(no_worker.reason()))?);
+    }
+    let first = match beat(db, session_id, None)? {
+        Ok(first) => first,
+        Err(refusal) => return Ok(serde_json::to_value(refusal)?),
+    };
+    manager::start(db, connection, session_id, first.heartbeat_at)?;
+    shared::bind(Some(session_id));
+    wake::at_commit();
+    wake::at_exit();
+    Ok(serde_json::to_value(Started {
+        success: true,
+        session_id: session_id.to_owned(),
+        interval_ms: guc::heartbeat_interval().num_milliseconds(),
+    })?)
+}
+
+#[pg_extern(volatile, parallel_unsafe, security_definer)]
+#[search_path(pg_catalog, pg_temp)]
+fn stop_heartbeat() -> Result<JsonB, ErrorReport> {
+    let stopped_session = Db::connect(|db| manager::stop(db, Connection::own()))?;
+    shared::bind(None);
+    Ok(Db::connect(|_| answer(Ok(Stopped { success: true, stopped_session })))?)
+}
+
+#[pg_extern(volatile, parallel_unsafe, security_definer)]
+#[search_path(pg_catalog, pg_temp)]
+fn is_heartbeat_active() -> Result<JsonB, ErrorReport> {
+    Ok(Db::connect(|db| answer(Ok(Activity::from(manager::find(db, Connection::own())?))))?)
+}
+
+#[pg_extern(volatile, parallel_unsafe, security_definer)]
+#[search_path(pg_catalog, pg_temp)]
+fn get_heartbeat_stats() -> Result<JsonB, ErrorReport> {
+    Ok(Db::connect(|db| {
+        answer(Ok(Stats::new(
+            manager::find(db, Connection::own())?,
+            guc::heartbeat_interval(),
+            guc::max_heartbeat_failures(),
+            shared::also_used_by(),
+            time::now(),
+        )))
+    })?)
+}
+
+#[pg_extern(volatile, parallel_unsafe, security_definer)]
+#[search_path(pg_catalog, pg_temp)]
+fn force_heartbeat(p_session_id: Option<&str>) -> Result<JsonB, ErrorReport> {
+    let session_id = checked_id("p_session_id", p_session_id)?;
+    Ok(Db::connect(|db| answer(force(db, session_id)?))?)
+}
+
+fn force(db: &Db<'_>, session_id: &str) -> Result<Result<Beat, Refusal>> {
+    let beat = beat(db, session_id, None)?;
+    let connection = Connection::own();
+    let is_managed = manager::find(db, connection)?
+        .is_some_and(|managed| managed.session_id == session_id && !managed.given_up);
+    if let Ok(beat) = &beat
+        && is_managed
+    {
+        manager::succeeded(db, connection, beat.heartbeat_at)?;
+    }
+    Ok(beat)
+}

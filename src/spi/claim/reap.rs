@@ -1,0 +1,276 @@
+//! The reaper: ending the claims of sessions that have gone stale.
+//!
+//! A scan finds what is due without locking anything; then each claim is taken by itself, as a
+//! compare on its id and on its still being due under the row's lock. A row that somebody else is
+//! writing is passed by: if that is a heartbeat, the session lives; if not, the next run sees it.
+
+use std::cell::Cell;
+
+use chrono::TimeDelta;
+use pg_claims_core::age;
+use pgrx::pg_sys::BuiltinOid::{FLOAT8OID, INT4OID, INT8OID, TEXTOID};
+use serde_json::json;
+
+use crate::error::Result;
+use crate::guc;
+use crate::spi::directive;
+use crate::spi::event::{self, Event, EventType};
+use crate::spi::row::Row;
+use crate::spi::statement::{Db, Statement};
+
+/// When four fifths of the greatest age have passed, the audit warns.
+const WARN_AT: f64 = 0.8;
+
+/// An open claim that something is to be done about.
+#[derive(Debug, Clone)]
+pub struct Candidate {
+    pub session_id: String,
+    pub sd_id: String,
+    pub claim_id: i64,
+    /// Its heartbeat lies in the future: the clock was set back, or somebody wrote it by hand.
+    pub is_ahead: bool,
+    /// It has gone stale, and the audit has not told so yet.
+    pub is_unnoted: bool,
+    /// Its claim is to be ended.
+    pub is_due: bool,
+    /// It grows old, and the audit has not warned yet.
+    pub is_ageing: bool,
+}
+
+/// What becomes of stale sessions.
+#[derive(Debug, Clone, Copy)]
+pub struct Policy {
+    /// Whether their claims are ended, or only noted as stale.
+    pub reap: bool,
+    /// The least silence that a claim is ended for, over and above the rule of liveness.
+    pub min_silence: TimeDelta,
+}
+
+// Reads the open claims, which the partial index holds together, in the order of their SDs, so that
+// what one run had to pass by does not keep it from the rest.
+static SCAN: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT session_id, sd_id, claim_id, is_ahead, is_unnoted, is_due, is_ageing
+               FROM (SELECT session_id, sd_id, claim_id,
+                            heartbeat_at > now + interval '1 second' AS is_ahead,
+                            stale_at <= now AND stale_noted_for IS DISTINCT FROM heartbeat_at
+                                AS is_unnoted,
+                            reclaimable_at <= now
+                                AND heartbeat_at <= now - pg_catalog.make_interval(secs => $2)
+                                AS is_due,
+                            COALESCE(claimed_at <= now - pg_catalog.make_interval(secs => $3), false)
+                                AND age_warned_for IS DISTINCT FROM claim_id AS is_ageing
+                       FROM (SELECT session_id, sd_id, claim_id, heartbeat_at, claimed_at,
+                                    stale_noted_for, age_warned_for,
+                                    {x}.lease_expires_at(heartbeat_at, silent_until, stale_after,
+                                                         claimed_at) AS stale_at,
+                                    {reclaimable_at} AS reclaimable_at,
+                                    pg_catalog.clock_timestamp() AS now
+                               FROM {x}.claude_sessions
+                              WHERE sd_id IS NOT NULL AND status = 'active'
+                                AND ($1 IS NULL OR sd_id > $1)) s) s
+              WHERE is_ahead OR is_unnoted OR is_due OR is_ageing
+              ORDER BY sd_id LIMIT $4",
+            x = c.schema,
+            reclaimable_at = super::reclaimable_at(&c.schema),
+        )
+    },
+    &[TEXTOID, FLOAT8OID, FLOAT8OID, INT4OID],
+);
+
+/// Up to `limit` open claims that something is to be done about, of SDs after `after`.
+pub fn scan(
+    db: &Db<'_>,
+    policy: Policy,
+    after: Option<&str>,
+    limit: i32,
+) -> Result<Vec<Candidate>> {
+    let warn_at = guc::max_claim_age().map(|age| age::seconds(age) * WARN_AT);
+    let arguments =
+        [after.into(), age::seconds(policy.min_silence).into(), warn_at.into(), limit.into()];
+    let mut rows = db.run(&SCAN, &arguments)?;
+    let mut candidates = Vec::new();
+    while rows.next().is_some() {
+        candidates.push(Candidate {
+            session_id: rows.required_text(1, "claude_sessions.session_id")?,
+            sd_id: rows.required_text(2, "claude_sessions.sd_id")?,
+            claim_id: rows.required_bigint(3, "claude_sessions.claim_id")?,
+            is_ahead: rows.flag(4)?,
+            is_unnoted: rows.flag(5)?,
+            is_due: rows.flag(6)? && policy.reap,
+            is_ageing: rows.flag(7)?,
+        });
+    }
+    Ok(candidates)
+}
+
+/// Does what is to be done about one claim. Returns whether it was ended.
+pub fn attend(db: &Db<'_>, candidate: &Candidate, policy: Policy) -> Result<bool> {
+    if candidate.is_ahead {
+        pull_back(db, candidate)?;
+        return Ok(false);
+    }
+    if candidate.is_due && reap(db, candidate, policy)? {
+        return Ok(true);
+    }
+    if candidate.is_unnoted {
+        note(db, &NOTE_STALE, EventType::Stale, candidate)?;
+    }
+    if candidate.is_ageing {
+        note(db, &NOTE_AGE, EventType::MaxAgeWarning, candidate)?;
+    }
+    Ok(false)
+}
+
+thread_local! {
+    /// The claim that this backend's reaper is ending right now.
+    static REAPING: Cell<Option<i64>> = const { Cell::new(None) };
+}
+
+/// Whether the reaper is ending `claim_id`; the trigger that records what happens to a claim asks.
+pub fn is_reaping(claim_id: i64) -> bool {
+    REAPING.get() == Some(claim_id)
+}
+
+/// Marks a claim as being reaped until it is dropped, on an error as well.
+struct Reaping;
+
+impl Reaping {
+    fn new(claim_id: i64) -> Self {
+        REAPING.set(Some(claim_id));
+        Self
+    }
+}
+
+impl Drop for Reaping {
+    fn drop(&mut self) {
+        REAPING.set(None);
+    }
+}
+
+static REAP: Statement = Statement::new(
+    |c| {
+        format!(
+            "WITH due AS MATERIALIZED (
+                 SELECT session_id, pg_catalog.clock_timestamp() AS now
+                   FROM {x}.claude_sessions
+                  WHERE session_id = $1 AND claim_id = $2
+                    AND {reclaimable_at} <= pg_catalog.clock_timestamp()
+                    AND heartbeat_at <= pg_catalog.clock_timestamp()
+                                        - pg_catalog.make_interval(secs => $3)
+                    FOR NO KEY UPDATE SKIP LOCKED)
+             UPDATE {x}.claude_sessions s
+                SET sd_id = NULL, claim_id = NULL, claimed_at = NULL, track = NULL,
+                    status = 'idle', silent_until = NULL,
+                    lost_claim_id = s.claim_id, lost_to = NULL, released_at = due.now,
+                    release_reason =
+                        CASE WHEN {x}.lease_expires_at(s.heartbeat_at, s.silent_until, s.stale_after)
+                                  <= due.now
+                             THEN 'reaped' ELSE 'max_claim_age' END,
+                    updated_at = due.now
+               FROM due WHERE s.session_id = due.session_id
+          RETURNING 1",
+            x = c.schema,
+            reclaimable_at = super::reclaimable_at(&c.schema),
+        )
+    },
+    &[TEXTOID, INT8OID, FLOAT8OID],
+);
+
+/// Ends the claim if it is still due.
+fn reap(db: &Db<'_>, candidate: &Candidate, policy: Policy) -> Result<bool> {
+    if !directive::try_lock(db, &candidate.sd_id)? {
+        return Ok(false);
+    }
+    let _reaping = Reaping::new(candidate.claim_id);
+    let arguments = [
+        candidate.session_id.as_str().into(),
+        candidate.claim_id.into(),
+        age::seconds(policy.min_silence).into(),
+    ];
+    Ok(db.first_row(&REAP, &arguments)?.is_some())
+}
+
+static NOTE_STALE: Statement = Statement::new(
+    |c| {
+        format!(
+            "WITH found AS MATERIALIZED (
+                 SELECT session_id FROM {x}.claude_sessions
+                  WHERE session_id = $1 AND claim_id = $2
+                    AND {x}.lease_expires_at(heartbeat_at, silent_until, stale_after, claimed_at)
+                        <= pg_catalog.clock_timestamp()
+                    AND stale_noted_for IS DISTINCT FROM heartbeat_at
+                    FOR NO KEY UPDATE SKIP LOCKED)
+             UPDATE {x}.claude_sessions s SET stale_noted_for = s.heartbeat_at
+               FROM found WHERE s.session_id = found.session_id
+          RETURNING 1",
+            x = c.schema
+        )
+    },
+    &[TEXTOID, INT8OID],
+);
+
+static NOTE_AGE: Statement = Statement::new(
+    |c| {
+        format!(
+            "WITH found AS MATERIALIZED (
+                 SELECT session_id FROM {x}.claude_sessions
+                  WHERE session_id = $1 AND claim_id = $2
+                    AND age_warned_for IS DISTINCT FROM claim_id
+                    FOR NO KEY UPDATE SKIP LOCKED)
+             UPDATE {x}.claude_sessions s SET age_warned_for = s.claim_id
+               FROM found WHERE s.session_id = found.session_id
+          RETURNING 1",
+            x = c.schema
+        )
+    },
+    &[TEXTOID, INT8OID],
+);
+
+/// Tells the audit once.
+fn note(
+    db: &Db<'_>,
+    statement: &'static Statement,
+    event_type: EventType,
+    candidate: &Candidate,
+) -> Result<()> {
+    let arguments = [candidate.session_id.as_str().into(), candidate.claim_id.into()];
+    if db.first_row(statement, &arguments)?.is_none() {
+        return Ok(());
+    }
+    let event = Event {
+        event_type,
+        session_id: &candidate.session_id,
+        sd_id: Some(&candidate.sd_id),
+        claim_id: Some(candidate.claim_id),
+        reason: None,
+        held: None,
+        detail: json!({}),
+    };
+    event::record(db, event)
+}
+
+static PULL_BACK: Statement = Statement::new(
+    |c| {
+        format!(
+            "WITH ahead AS MATERIALIZED (
+                 SELECT session_id FROM {x}.claude_sessions
+                  WHERE session_id = $1 AND heartbeat_at > pg_catalog.clock_timestamp()
+                    FOR NO KEY UPDATE SKIP LOCKED)
+             UPDATE {x}.claude_sessions s
+                SET heartbeat_at = pg_catalog.clock_timestamp(),
+                    updated_at = pg_catalog.clock_timestamp()
+               FROM ahead WHERE s.session_id = ahead.session_id",
+            x = c.schema
+        )
+    },
+    &[TEXTOID],
+);
+
+/// A heartbeat in the future would keep its session alive until then: it counts as given now, so
+/// that the session has one full lease from here.
+fn pull_back(db: &Db<'_>, candidate: &Candidate) -> Result<()> {
+    db.run(&PULL_BACK, &[candidate.session_id.as_str().into()])?;
+    Ok(())
+}

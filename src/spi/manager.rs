@@ -1,0 +1,264 @@
+//! The heartbeat manager: for which connections the server beats.
+//!
+//! A connection is its process, by number and start: numbers are reused.
+
+use chrono::{DateTime, Utc};
+use pg_claims_core::age;
+use pg_claims_core::manager::Managed;
+use pgrx::pg_sys;
+use pgrx::pg_sys::BuiltinOid::{FLOAT8OID, INT4OID, TEXTOID, TIMESTAMPTZOID};
+use pgrx::spi::SpiTupleTable;
+
+use super::row::Row;
+use super::statement::{Db, Statement, required};
+use super::time;
+use crate::error::Result;
+use crate::guc;
+
+/// A connection, by the process that serves it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Connection {
+    pid: i32,
+    start: DateTime<Utc>,
+}
+
+impl Connection {
+    /// The caller's.
+    pub fn own() -> Self {
+        // SAFETY: both are set when the process starts and never change.
+        unsafe {
+            Self {
+                pid: pg_sys::MyProcPid,
+                start: time::from_microseconds(pg_sys::MyStartTimestamp),
+            }
+        }
+    }
+}
+
+const MANAGED: &str = "session_id, last_success_at, consecutive_failures, last_error,
+                       given_up_at IS NOT NULL";
+
+fn read_managed(row: &SpiTupleTable<'_>) -> Result<Managed> {
+    Ok(Managed {
+        session_id: row.required_text(1, "heartbeat_connections.session_id")?,
+        last_success: row.instant(2)?,
+        consecutive_failures: required(row.get(3)?, "heartbeat_connections.consecutive_failures")?,
+        last_error: row.text(4)?,
+        given_up: row.flag(5)?,
+    })
+}
+
+static FIND: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT {MANAGED} FROM {}.heartbeat_connections
+              WHERE backend_pid = $1 AND backend_start = $2",
+            c.schema
+        )
+    },
+    &[INT4OID, TIMESTAMPTZOID],
+);
+
+/// The heartbeat of a connection, if there is one.
+pub fn find(db: &Db<'_>, connection: Connection) -> Result<Option<Managed>> {
+    let arguments = [connection.pid.into(), time::to_server(connection.start)?.into()];
+    db.first_row(&FIND, &arguments)?.map(|row| read_managed(&row)).transpose()
+}
+
+static START: Statement = Statement::new(
+    |c| {
+        format!(
+            "INSERT INTO {}.heartbeat_connections
+                    (backend_pid, backend_start, session_id, last_attempt_at, last_success_at)
+             VALUES ($1, $2, $3, $4, $4)
+             ON CONFLICT (backend_pid, backend_start) DO UPDATE
+                SET session_id = EXCLUDED.session_id, started_at = EXCLUDED.started_at,
+                    last_attempt_at = EXCLUDED.last_attempt_at,
+                    last_success_at = EXCLUDED.last_success_at,
+                    consecutive_failures = 0, last_error = NULL, given_up_at = NULL",
+            c.schema
+        )
+    },
+    &[INT4OID, TIMESTAMPTZOID, TEXTOID, TIMESTAMPTZOID],
+);
+
+/// Begins to beat for the connection, whose first heartbeat was recorded at `beat_at`.
+pub fn start(
+    db: &Db<'_>,
+    connection: Connection,
+    session_id: &str,
+    beat_at: DateTime<Utc>,
+) -> Result<()> {
+    let arguments = [
+        connection.pid.into(),
+        time::to_server(connection.start)?.into(),
+        session_id.into(),
+        time::to_server(beat_at)?.into(),
+    ];
+    db.run(&START, &arguments)?;
+    Ok(())
+}
+
+static STOP: Statement = Statement::new(
+    |c| {
+        format!(
+            "DELETE FROM {}.heartbeat_connections WHERE backend_pid = $1 AND backend_start = $2
+          RETURNING session_id",
+            c.schema
+        )
+    },
+    &[INT4OID, TIMESTAMPTZOID],
+);
+
+/// Stops beating for the connection. Returns the session that it was for.
+pub fn stop(db: &Db<'_>, connection: Connection) -> Result<Option<String>> {
+    let arguments = [connection.pid.into(), time::to_server(connection.start)?.into()];
+    match db.first_row(&STOP, &arguments)? {
+        Some(row) => row.text(1),
+        None => Ok(None),
+    }
+}
+
+static FORGET_SESSION: Statement = Statement::new(
+    |c| format!("DELETE FROM {}.heartbeat_connections WHERE session_id = $1", c.schema),
+    &[TEXTOID],
+);
+
+/// Stops beating for a session that has ended, on whatever connection.
+pub fn forget_session(db: &Db<'_>, session_id: &str) -> Result<()> {
+    db.run(&FORGET_SESSION, &[session_id.into()])?;
+    Ok(())
+}
+
+/// A heartbeat that is due.
+#[derive(Debug)]
+pub struct Due {
+    /// The connection.
+    pub connection: Connection,
+    /// Its session.
+    pub session_id: String,
+}
+
+static DUE: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT c.backend_pid, c.backend_start, c.session_id
+               FROM {}.heartbeat_connections c
+              WHERE c.given_up_at IS NULL
+                AND (c.last_attempt_at IS NULL
+                     OR c.last_attempt_at <= pg_catalog.clock_timestamp()
+                                             - pg_catalog.make_interval(secs => $1))
+              ORDER BY c.session_id",
+            c.schema
+        )
+    },
+    &[FLOAT8OID],
+);
+
+/// The connections whose heartbeat is due.
+pub fn due(db: &Db<'_>) -> Result<Vec<Due>> {
+    let interval = age::seconds(guc::heartbeat_interval());
+    read_connections(db.run(&DUE, &[interval.into()])?)
+}
+
+fn read_connections(mut rows: SpiTupleTable<'_>) -> Result<Vec<Due>> {
+    let mut found = Vec::new();
+    while rows.next().is_some() {
+        let connection = Connection {
+            pid: required(rows.get(1)?, "heartbeat_connections.backend_pid")?,
+            start: rows.required_instant(2, "heartbeat_connections.backend_start")?,
+        };
+        let session_id = rows.required_text(3, "heartbeat_connections.session_id")?;
+        found.push(Due { connection, session_id });
+    }
+    Ok(found)
+}
+
+static SUCCEEDED: Statement = Statement::new(
+    |c| {
+        format!(
+            "UPDATE {}.heartbeat_connections
+                SET last_attempt_at = $3, last_success_at = $3, consecutive_failures = 0,
+                    last_error = NULL
+              WHERE backend_pid = $1 AND backend_start = $2",
+            c.schema
+        )
+    },
+    &[INT4OID, TIMESTAMPTZOID, TIMESTAMPTZOID],
+);
+
+/// Remembers that the connection's heartbeat was recorded.
+pub fn succeeded(db: &Db<'_>, connection: Connection, at: DateTime<Utc>) -> Result<()> {
+    let arguments = [
+        connection.pid.into(),
+        time::to_server(connection.start)?.into(),
+        time::to_server(at)?.into(),
+    ];
+    db.run(&SUCCEEDED, &arguments)?;
+    Ok(())
+}
+
+static FAILED: Statement = Statement::new(
+    |c| {
+        format!(
+            "UPDATE {}.heartbeat_connections
+                SET last_attempt_at = pg_catalog.clock_timestamp(),
+                    consecutive_failures = consecutive_failures + 1, last_error = $3,
+                    given_up_at = CASE WHEN consecutive_failures + 1 >= $4
+                                       THEN pg_catalog.clock_timestamp() END
+              WHERE backend_pid = $1 AND backend_start = $2",
+            c.schema
+        )
+    },
+    &[INT4OID, TIMESTAMPTZOID, TEXTOID, INT4OID],
+);
+
+/// Counts a failure; after too many in a row the connection's heartbeat is given up.
+pub fn failed(db: &Db<'_>, connection: Connection, error: &str) -> Result<()> {
+    let arguments = [
+        connection.pid.into(),
+        time::to_server(connection.start)?.into(),
+        error.into(),
+        guc::max_heartbeat_failures().into(),
+    ];
+    db.run(&FAILED, &arguments)?;
+    Ok(())
+}
+
+// The server's own list decides, not a time-out.
+static ENDED: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT c.backend_pid, c.backend_start, c.session_id
+               FROM {}.heartbeat_connections c
+              WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_stat_activity a
+                                 WHERE a.pid = c.backend_pid
+                                   AND a.backend_start = c.backend_start)",
+            c.schema
+        )
+    },
+    &[],
+);
+
+/// The connections that have ended.
+pub fn ended(db: &Db<'_>) -> Result<Vec<Due>> {
+    read_connections(db.run(&ENDED, &[])?)
+}
+
+static IS_SERVED: Statement = Statement::new(
+    |c| format!("SELECT 1 FROM {}.heartbeat_connections WHERE session_id = $1", c.schema),
+    &[TEXTOID],
+);
+
+/// Forgets a connection that has ended. Returns whether its session's claim is to be released:
+/// that is what the setting asks for, no other connection beats for the session, and it was not
+/// the server's own restart that ended the connection.
+pub fn forget(db: &Db<'_>, ended: &Due) -> Result<bool> {
+    if stop(db, ended.connection)?.is_none() {
+        return Ok(false);
+    }
+    let by_restart = crate::service::since().is_some_and(|since| ended.connection.start < since);
+    Ok(guc::on_disconnect() == guc::OnDisconnect::Release
+        && !by_restart
+        && db.first_row(&IS_SERVED, &[ended.session_id.as_str().into()])?.is_none())
+}

@@ -1,0 +1,198 @@
+//! The order in which events became visible, and announcing them in it.
+
+use pg_claims_core::frontier::{Frontier, Gap, Moment};
+use pg_claims_core::notice::Notice;
+use pgrx::JsonB;
+use pgrx::pg_sys;
+use pgrx::pg_sys::BuiltinOid::{INT4OID, INT8ARRAYOID, INT8OID, TEXTARRAYOID, TEXTOID};
+
+use super::event::EventType;
+use super::row::Row;
+use super::statement::{Db, Statement, required};
+use crate::error::Result;
+
+/// What listeners are told of; registering and ending concern the session alone.
+const ANNOUNCED: [EventType; 7] = [
+    EventType::Claimed,
+    EventType::Switched,
+    EventType::Released,
+    EventType::TakenOver,
+    EventType::Stale,
+    EventType::Reaped,
+    EventType::MaxAgeWarning,
+];
+
+/// The channel.
+const CHANNEL: &str = "pg_claims";
+
+static BEGIN: Statement = Statement::new(
+    |c| format!("INSERT INTO {}.event_frontier DEFAULT VALUES ON CONFLICT DO NOTHING", c.schema),
+    &[],
+);
+
+// Somebody else who is at it does the work for both.
+static HOLD: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT scanned_to, gaps, gaps_before, announced_to
+               FROM {}.event_frontier FOR NO KEY UPDATE SKIP LOCKED",
+            c.schema
+        )
+    },
+    &[],
+);
+
+static IS_THERE: Statement =
+    Statement::new(|c| format!("SELECT 1 FROM {}.event_frontier", c.schema), &[]);
+
+/// The frontier, locked, and how far events have been announced. `None` while somebody else has it.
+fn hold(db: &Db<'_>) -> Result<Option<(Frontier, i64)>> {
+    if db.first_row(&IS_THERE, &[])?.is_none() {
+        db.run(&BEGIN, &[])?;
+    }
+    let Some(row) = db.first_row(&HOLD, &[])? else {
+        return Ok(None);
+    };
+    let list = |position| -> Result<Vec<i64>> {
+        required(row.get::<Vec<i64>>(position)?, "event_frontier")
+    };
+    let gaps = list(2)?
+        .into_iter()
+        .zip(list(3)?)
+        .map(|(event_id, before_xid)| Gap { event_id, before_xid })
+        .collect();
+    let frontier =
+        Frontier { scanned_to: row.required_bigint(1, "event_frontier.scanned_to")?, gaps };
+    Ok(Some((frontier, row.required_bigint(4, "event_frontier.announced_to")?)))
+}
+
+// One statement, so that events and transaction id are those of one snapshot.
+static LOOK: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text::bigint,
+                    ARRAY(SELECT event_id FROM {x}.session_lifecycle_events
+                           WHERE event_id = ANY ($2) ORDER BY event_id),
+                    ARRAY(SELECT event_id FROM {x}.session_lifecycle_events
+                           WHERE event_id > $1 ORDER BY event_id LIMIT $3)",
+            x = c.schema
+        )
+    },
+    &[INT8OID, INT8ARRAYOID, INT4OID],
+);
+
+static APPEND: Statement = Statement::new(
+    |c| {
+        format!(
+            "INSERT INTO {}.lifecycle_event_positions (event_id)
+             SELECT event_id FROM pg_catalog.unnest($1) WITH ORDINALITY AS e(event_id, place)
+              ORDER BY place",
+            c.schema
+        )
+    },
+    &[INT8ARRAYOID],
+);
+
+static KEEP: Statement = Statement::new(
+    |c| {
+        format!(
+            "UPDATE {}.event_frontier SET scanned_to = $1, gaps = $2, gaps_before = $3",
+            c.schema
+        )
+    },
+    &[INT8OID, INT8ARRAYOID, INT8ARRAYOID],
+);
+
+/// Appends up to `limit` events that have become visible to the order, and those that were awaited.
+/// Returns how many.
+pub fn append_visible(db: &Db<'_>, limit: i32) -> Result<usize> {
+    let Some((mut frontier, _)) = hold(db)? else {
+        return Ok(0);
+    };
+    let before = frontier.clone();
+    let awaited: Vec<i64> = frontier.gaps.iter().map(|gap| gap.event_id).collect();
+    let row = db.run(&LOOK, &[frontier.scanned_to.into(), awaited.into(), limit.into()])?.first();
+    let moment =
+        Moment { xmin: row.required_bigint(1, "pg_current_snapshot()")?, next_xid: next_xid() };
+    let list = |position| -> Result<Vec<i64>> {
+        required(row.get::<Vec<i64>>(position)?, "session_lifecycle_events.event_id")
+    };
+    let mut seen = list(2)?;
+    seen.extend(list(3)?);
+    frontier.advance(&seen, moment);
+    if !seen.is_empty() {
+        db.run(&APPEND, &[seen.clone().into()])?;
+    }
+    if frontier != before {
+        let (gaps, gaps_before): (Vec<i64>, Vec<i64>) =
+            frontier.gaps.iter().map(|gap| (gap.event_id, gap.before_xid)).unzip();
+        db.run(&KEEP, &[frontier.scanned_to.into(), gaps.into(), gaps_before.into()])?;
+    }
+    Ok(seen.len())
+}
+
+/// The transaction id that is given out next.
+fn next_xid() -> i64 {
+    // SAFETY: reads the server's shared state; no preconditions.
+    let next = unsafe { pg_sys::ReadNextFullTransactionId() };
+    i64::try_from(next.value).unwrap_or(i64::MAX)
+}
+
+static UNANNOUNCED: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT p.position, e.event_type, e.session_id, e.sd_id, e.claim_id, e.occurred_at,
+                    e.reason, e.detail, e.event_type = ANY ($3)
+               FROM {x}.lifecycle_event_positions p
+               JOIN {x}.session_lifecycle_events e ON e.event_id = p.event_id
+              WHERE p.position > $1 ORDER BY p.position LIMIT $2",
+            x = c.schema
+        )
+    },
+    &[INT8OID, INT4OID, TEXTARRAYOID],
+);
+
+static NOTIFY: Statement =
+    Statement::new(|_| "SELECT pg_catalog.pg_notify($1, $2)".into(), &[TEXTOID, TEXTOID]);
+
+static ANNOUNCED_TO: Statement = Statement::new(
+    |c| format!("UPDATE {}.event_frontier SET announced_to = $1", c.schema),
+    &[INT8OID],
+);
+
+/// Announces up to `limit` events, in order; in silence if `aloud` is false, so that listeners are
+/// not flooded with the past once they are told again. Returns how many it went past.
+pub fn announce(db: &Db<'_>, limit: i32, aloud: bool) -> Result<usize> {
+    let Some((_, announced_to)) = hold(db)? else {
+        return Ok(0);
+    };
+    let kinds: Vec<String> = ANNOUNCED.iter().map(|kind| kind.name().to_owned()).collect();
+    let mut rows = db.run(&UNANNOUNCED, &[announced_to.into(), limit.into(), kinds.into()])?;
+    let mut notices = Vec::new();
+    let (mut passed, mut last) = (0, announced_to);
+    while rows.next().is_some() {
+        passed += 1;
+        last = rows.required_bigint(1, "lifecycle_event_positions.position")?;
+        if !aloud || !rows.flag(9)? {
+            continue;
+        }
+        let notice = Notice {
+            id: last,
+            event: rows.required_text(2, "session_lifecycle_events.event_type")?,
+            session_id: rows.required_text(3, "session_lifecycle_events.session_id")?,
+            sd_id: rows.text(4)?,
+            claim_id: rows.bigint(5)?,
+            at: rows.required_instant(6, "session_lifecycle_events.occurred_at")?,
+            reason: rows.text(7)?,
+            detail: required(rows.get::<JsonB>(8)?, "session_lifecycle_events.detail")?.0,
+        };
+        notices.push(notice.payload()?);
+    }
+    for payload in notices {
+        db.run(&NOTIFY, &[CHANNEL.into(), payload.into()])?;
+    }
+    if passed > 0 {
+        db.run(&ANNOUNCED_TO, &[last.into()])?;
+    }
+    Ok(passed)
+}

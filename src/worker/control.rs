@@ -1,0 +1,316 @@
+//! The shared memory through which sessions, the launcher and database workers speak.
+//!
+//! The launcher makes it when it starts and tells its handle in its own `application_name`, where
+//! every process can find it: so it works without preloading. It holds nothing that must survive.
+//! When the launcher ends, the memory is marked closed, and everybody looks for the next one.
+
+use std::cell::Cell;
+use std::ffi::{CStr, CString};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+
+use pgrx::pg_sys;
+
+use super::LAUNCHER_TYPE;
+use crate::service;
+
+/// How many databases can be told apart. Those beyond are not served; the launcher says so.
+pub const MAX_DATABASES: usize = 256;
+
+/// Tells this version's memory from any other's.
+const MAGIC: u64 = 0x7067_636c_6169_6d01;
+
+/// What the launcher's `application_name` begins with; the handle follows.
+const NAME_PREFIX: &str = "pg_claims launcher ";
+
+/// All accesses are sequentially consistent: they are rare, and whoever announces work and then
+/// asks whether a worker runs must not see the two in another order than the worker.
+const ORDER: Ordering = Ordering::SeqCst;
+
+/// The memory.
+#[repr(C)]
+pub struct Control {
+    magic: AtomicU64,
+    /// Set when the launcher ends.
+    closed: AtomicBool,
+    /// The list of databases is out of date.
+    rescan: AtomicBool,
+    launcher_latch: AtomicUsize,
+    slots: [Slot; MAX_DATABASES],
+}
+
+/// One database.
+#[repr(C)]
+pub struct Slot {
+    database: AtomicU32,
+    /// A [`Kind`].
+    kind: AtomicU8,
+    /// There is something to do.
+    pending: AtomicBool,
+    /// A worker is there, or is being started.
+    running: AtomicBool,
+    /// Time alone may change something, so that the worker must come back by itself.
+    busy: AtomicBool,
+    worker_latch: AtomicUsize,
+}
+
+/// What is known of a database.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Nobody has looked yet.
+    Unknown,
+    /// It has the extension.
+    Served,
+    /// It has not.
+    Other,
+}
+
+impl Slot {
+    /// The database's id, if the slot is in use.
+    pub fn database(&self) -> Option<pg_sys::Oid> {
+        match self.database.load(ORDER) {
+            0 => None,
+            database => Some(pg_sys::Oid::from(database)),
+        }
+    }
+
+    /// What is known of the database.
+    pub fn kind(&self) -> Kind {
+        match self.kind.load(ORDER) {
+            1 => Kind::Served,
+            2 => Kind::Other,
+            _ => Kind::Unknown,
+        }
+    }
+
+    /// Remembers what the database is.
+    pub fn set_kind(&self, kind: Kind) {
+        let code = match kind {
+            Kind::Unknown => 0,
+            Kind::Served => 1,
+            Kind::Other => 2,
+        };
+        self.kind.store(code, ORDER);
+    }
+
+    /// Whether there is something to do.
+    pub fn is_pending(&self) -> bool {
+        self.pending.load(ORDER)
+    }
+
+    /// Takes what there is to do.
+    pub fn take_pending(&self) -> bool {
+        self.pending.swap(false, ORDER)
+    }
+
+    /// Whether a worker is there.
+    pub fn is_running(&self) -> bool {
+        self.running.load(ORDER)
+    }
+
+    /// Remembers whether a worker is there.
+    pub fn set_running(&self, running: bool) {
+        self.running.store(running, ORDER);
+    }
+
+    /// Whether the worker must come back by itself.
+    pub fn is_busy(&self) -> bool {
+        self.busy.load(ORDER)
+    }
+
+    /// Remembers whether the worker must come back by itself.
+    pub fn set_busy(&self, busy: bool) {
+        self.busy.store(busy, ORDER);
+    }
+
+    /// Remembers where to wake the worker.
+    pub fn set_worker_latch(&self, latch: *mut pg_sys::Latch) {
+        self.worker_latch.store(latch.addr(), ORDER);
+    }
+
+    fn clear(&self, database: u32) {
+        self.database.store(0, ORDER);
+        self.kind.store(0, ORDER);
+        self.pending.store(false, ORDER);
+        self.running.store(false, ORDER);
+        self.busy.store(false, ORDER);
+        self.worker_latch.store(0, ORDER);
+        self.database.store(database, ORDER);
+    }
+}
+
+impl Control {
+    /// All slots.
+    pub fn slots(&self) -> &[Slot] {
+        &self.slots
+    }
+
+    /// Makes the slots those of `databases`. Returns how many found no room.
+    pub fn set_databases(&self, databases: &[pg_sys::Oid]) -> usize {
+        let gone =
+            |slot: &&Slot| slot.database().is_some_and(|database| !databases.contains(&database));
+        for slot in self.slots.iter().filter(gone).filter(|slot| !slot.is_running()) {
+            slot.clear(0);
+        }
+        let mut without_room = 0;
+        for database in databases {
+            if self.slot_of(*database).is_some() {
+                continue;
+            }
+            match self.slots.iter().find(|slot| slot.database().is_none()) {
+                Some(slot) => slot.clear(database.to_u32()),
+                None => without_room += 1,
+            }
+        }
+        without_room
+    }
+
+    /// The slot of a database.
+    pub fn slot_of(&self, database: pg_sys::Oid) -> Option<&Slot> {
+        self.slots.iter().find(|slot| slot.database() == Some(database))
+    }
+
+    /// Whether the launcher has ended.
+    pub fn is_closed(&self) -> bool {
+        self.closed.load(ORDER)
+    }
+
+    /// Whether the list of databases is out of date; takes the note of it.
+    pub fn take_rescan(&self) -> bool {
+        self.rescan.swap(false, ORDER)
+    }
+
+    /// Tells that there is something to do in a database. Neither allocates nor fails: it may be
+    /// called when a transaction has just been committed.
+    pub fn wake(&self, database: pg_sys::Oid) {
+        let Some(slot) = self.slot_of(database) else {
+            self.rescan.store(true, ORDER);
+            return set_latch(&self.launcher_latch);
+        };
+        if slot.kind() == Kind::Other {
+            slot.set_kind(Kind::Unknown);
+        }
+        slot.pending.store(true, ORDER);
+        if slot.is_running() {
+            set_latch(&slot.worker_latch);
+        } else {
+            set_latch(&self.launcher_latch);
+        }
+    }
+}
+
+/// Wakes the process that waits on a latch, if there is one.
+fn set_latch(latch: &AtomicUsize) {
+    let latch = std::ptr::with_exposed_provenance_mut::<pg_sys::Latch>(latch.load(ORDER));
+    if !latch.is_null() {
+        // SAFETY: processes' latches lie in the server's main shared memory, at one address in all
+        // processes and for as long as the server runs. If the process has ended, the next one that
+        // uses the latch is woken for nothing.
+        unsafe { pg_sys::SetLatch(latch) };
+    }
+}
+
+/// The launcher's: makes the memory, and tells everybody where it is.
+pub fn create() -> &'static Control {
+    // SAFETY: dsm_create either gives memory of that size, filled with zeroes by the system and
+    // aligned for any type, or raises an error. Outside of a transaction there is no resource owner,
+    // so it stays mapped until the process ends. All fields may be zero.
+    unsafe {
+        let segment = pg_sys::dsm_create(size_of::<Control>(), 0);
+        pg_sys::dsm_pin_mapping(segment);
+        let memory = pg_sys::dsm_segment_address(segment);
+        std::ptr::write_bytes(memory.cast::<u8>(), 0, size_of::<Control>());
+        let control = &*memory.cast::<Control>();
+        control.launcher_latch.store(pg_sys::MyLatch.expose_provenance(), ORDER);
+        control.rescan.store(true, ORDER);
+        control.magic.store(MAGIC, ORDER);
+        pg_sys::before_shmem_exit(Some(close), pg_sys::Datum::from(memory));
+        let name = format!("{NAME_PREFIX}{}", pg_sys::dsm_segment_handle(segment));
+        if let Ok(name) = CString::new(name) {
+            pg_sys::pgstat_report_appname(name.as_ptr());
+        }
+        control
+    }
+}
+
+/// When the launcher ends, in whatever way the server lets it.
+extern "C-unwind" fn close(_code: i32, memory: pg_sys::Datum) {
+    // SAFETY: the memory is detached only after these callbacks have run.
+    let control = unsafe { &*memory.cast_mut_ptr::<Control>() };
+    control.closed.store(true, ORDER);
+}
+
+/// What a look for the launcher found.
+pub enum Found {
+    /// It is there, and this is its memory.
+    Ready(u32),
+    /// It is there and not ready yet.
+    Starting,
+    /// It is not there.
+    Nothing,
+}
+
+/// Looks for the launcher among the server's processes.
+pub fn find() -> Found {
+    let mut found = Found::Nothing;
+    service::each_process(|process| {
+        if process.st_backendType != pg_sys::BackendType::B_BG_WORKER || !is_launcher(process) {
+            return;
+        }
+        let handle =
+            service::name_of(process).and_then(|name| name.strip_prefix(NAME_PREFIX)?.parse().ok());
+        match handle {
+            Some(handle) => found = Found::Ready(handle),
+            None if matches!(found, Found::Nothing) => found = Found::Starting,
+            None => {}
+        }
+    });
+    found
+}
+
+fn is_launcher(process: &pg_sys::PgBackendStatus) -> bool {
+    // SAFETY: gives null or a null-terminated string, valid until the next call.
+    unsafe {
+        let kind = pg_sys::GetBackgroundWorkerTypeByPid(process.st_procpid);
+        !kind.is_null() && CStr::from_ptr(kind) == LAUNCHER_TYPE
+    }
+}
+
+thread_local! {
+    static ATTACHED: Cell<Option<(*mut pg_sys::dsm_segment, &'static Control)>> =
+        const { Cell::new(None) };
+}
+
+/// The memory that this process is attached to, if its launcher still lives.
+pub fn attached() -> Option<&'static Control> {
+    ATTACHED.get().map(|(_, control)| control).filter(|control| !control.is_closed())
+}
+
+/// Attaches this process to the memory of that handle, in place of what it is attached to.
+pub fn attach(handle: u32) -> Option<&'static Control> {
+    if let Some((segment, _)) = ATTACHED.take() {
+        // SAFETY: attached by this function; no reference to its content is kept anywhere else.
+        unsafe { pg_sys::dsm_detach(segment) };
+    }
+    // SAFETY: dsm_attach gives null for a handle that is gone; a segment that is mapped already (the
+    // launcher's own) is not attached to, as only sessions and database workers come here. The
+    // mapping is kept for the life of the process. Its size and magic are checked before use.
+    unsafe {
+        let segment = pg_sys::dsm_attach(handle);
+        if segment.is_null() {
+            return None;
+        }
+        pg_sys::dsm_pin_mapping(segment);
+        let memory = pg_sys::dsm_segment_address(segment);
+        if pg_sys::dsm_segment_map_length(segment) < size_of::<Control>() {
+            pg_sys::dsm_detach(segment);
+            return None;
+        }
+        let control = &*memory.cast::<Control>();
+        if control.magic.load(ORDER) != MAGIC {
+            pg_sys::dsm_detach(segment);
+            return None;
+        }
+        ATTACHED.set(Some((segment, control)));
+        Some(control)
+    }
+}

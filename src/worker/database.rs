@@ -1,0 +1,107 @@
+//! A database worker: does what there is to do in one database, waits a moment for more, and ends.
+
+use std::ffi::CStr;
+use std::time::{Duration, Instant};
+
+use pgrx::pg_sys;
+
+use super::control::{self, Found, Kind, Slot};
+use super::process;
+use super::round::{self, Round};
+
+/// How long the worker waits for more before it ends: long enough to spare a process for each
+/// transaction under load, short enough for `DROP DATABASE`, which waits five seconds for it.
+const LINGER: Duration = Duration::from_millis(1000);
+
+/// How often it looks meanwhile, for what nobody announces: a connection whose process is just
+/// ending.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// What the worker's settings are, whatever the database or the superuser has.
+const SETTINGS: [(&CStr, &CStr); 8] = [
+    // Nothing that a user may have made is found by an unqualified name.
+    (c"search_path", c"pg_catalog, pg_temp"),
+    (c"default_transaction_isolation", c"read committed"),
+    (c"default_transaction_read_only", c"off"),
+    (c"default_transaction_deferrable", c"off"),
+    // What is lost in a crash is done again. Commits of others after it make it durable as well.
+    (c"synchronous_commit", c"off"),
+    // The worker passes locked rows by; where it cannot, others must not wait for it for long.
+    (c"lock_timeout", c"1s"),
+    (c"statement_timeout", c"0"),
+    (c"idle_in_transaction_session_timeout", c"0"),
+];
+
+/// A database worker's main function; the argument is the database's id.
+#[pgrx::pg_guard]
+#[unsafe(no_mangle)]
+pub extern "C-unwind" fn pg_claims_worker_main(argument: pg_sys::Datum) {
+    process::begin();
+    let database = pg_sys::Oid::from(argument.value() as u32);
+    // SAFETY: connects as the bootstrap superuser; ends the process with a message if the database
+    // has been dropped.
+    unsafe {
+        pg_sys::BackgroundWorkerInitializeConnectionByOid(database, pg_sys::InvalidOid, 0);
+    }
+    let Found::Ready(handle) = control::find() else {
+        return;
+    };
+    let Some(slot) = control::attach(handle).and_then(|control| control.slot_of(database)) else {
+        return;
+    };
+    // SAFETY: the process's own latch.
+    slot.set_worker_latch(unsafe { pg_sys::MyLatch });
+    set_settings();
+    while work(slot) {
+        // In this order: whoever announces work sets it down first and then asks who runs.
+        slot.set_running(false);
+        if !slot.is_pending() {
+            return;
+        }
+        slot.set_running(true);
+    }
+    slot.set_running(false);
+}
+
+/// Works until there has been nothing to do for a while. Returns false where the extension is not
+/// installed.
+fn work(slot: &Slot) -> bool {
+    slot.take_pending();
+    match round::is_installed() {
+        Some(true) => slot.set_kind(Kind::Served),
+        Some(false) => {
+            slot.set_kind(Kind::Other);
+            return false;
+        }
+        // What keeps it from telling may pass.
+        None => return false,
+    }
+    let mut round = Round::begin();
+    let mut quiet_since = Instant::now();
+    while quiet_since.elapsed() < LINGER {
+        if round.run() {
+            quiet_since = Instant::now();
+        }
+        process::idle();
+        process::wait(LOOK_EVERY);
+        if slot.take_pending() {
+            quiet_since = Instant::now();
+        }
+    }
+    slot.set_busy(round.finish());
+    true
+}
+
+fn set_settings() {
+    for (name, value) in SETTINGS {
+        // SAFETY: null-terminated strings; the settings exist in every supported version.
+        unsafe {
+            pg_sys::SetConfigOption(
+                name.as_ptr(),
+                value.as_ptr(),
+                pg_sys::GucContext::PGC_SUSET,
+                pg_sys::GucSource::PGC_S_OVERRIDE,
+            );
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! The launcher: starts database workers where there is something to do.
+
+use std::time::{Duration, Instant};
+
+use pgrx::bgworkers::{BackgroundWorkerBuilder, BgWorkerStartTime, DynamicBackgroundWorker};
+use pgrx::pg_sys;
+
+use super::control::{self, Control, Kind, MAX_DATABASES, Slot};
+use super::process;
+use crate::guc;
+
+/// How often a database is visited in which time alone can change nothing: for settings that an
+/// operator has changed there, and for pruning.
+const IDLE_INTERVAL: Duration = Duration::from_secs(60);
+
+/// How long to wait for a slot of `max_worker_processes` to become free.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// How many database workers may run at once, so that other extensions find slots as well.
+const MAX_WORKERS: usize = 2;
+
+/// The lock that one launcher holds at a time: an advisory lock of no database, which nobody else
+/// can take. The words are arbitrary.
+const SINGLETON: [u32; 2] = [0x7067_636c, 0x6169_6d73];
+
+/// What the launcher knows of a database beside what is in its slot.
+struct Visit {
+    database: pg_sys::Oid,
+    due: Instant,
+    worker: Option<DynamicBackgroundWorker>,
+}
+
+/// The launcher's main function.
+#[pgrx::pg_guard]
+#[unsafe(no_mangle)]
+pub extern "C-unwind" fn pg_claims_launcher_main(_argument: pg_sys::Datum) {
+    process::begin();
+    // SAFETY: without names the process may read the catalogues that all databases share, and
+    // counts as connected to none.
+    unsafe {
+        pg_sys::BackgroundWorkerInitializeConnection(std::ptr::null(), std::ptr::null(), 0);
+    }
+    if !hold_singleton() {
+        // Another one serves this server. Ending in order keeps the server from restarting it.
+        return;
+    }
+    let control = control::create();
+    let mut visits: Vec<Visit> = Vec::new();
+    let mut reported_full = false;
+    loop {
+        let next = serve(control, &mut visits, &mut reported_full);
+        process::idle();
+        if process::wait(next) {
+            // Settings have changed: what is due may be due earlier.
+            for visit in &mut visits {
+                visit.due = Instant::now();
+            }
+        }
+    }
+}
+
+fn hold_singleton() -> bool {
+    let tag = pg_sys::LOCKTAG {
+        locktag_field1: 0,
+        locktag_field2: SINGLETON[0],
+        locktag_field3: SINGLETON[1],
+        locktag_field4: 1,
+        locktag_type: pg_sys::LockTagType::LOCKTAG_ADVISORY as u8,
+        locktag_lockmethodid: pg_sys::USER_LOCKMETHOD as u8,
+    };
+    // SAFETY: a lock for the process's life, which needs no transaction; not waited for.
+    let result = unsafe { pg_sys::LockAcquire(&tag, pg_sys::ExclusiveLock as i32, true, true) };
+    result != pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL
+}
+
+/// Starts what is due. Returns how long to wait.
+fn serve(control: &Control, visits: &mut Vec<Visit>, reported_full: &mut bool) -> Duration {
+    if !guc::worker() {
+        return IDLE_INTERVAL;
+    }
+    if control.take_rescan() {
+        rescan(control, visits);
+    }
+    let now = Instant::now();
+    for visit in &mut *visits {
+        if let Some(slot) = control.slot_of(visit.database) {
+            collect(visit, slot, now);
+        }
+    }
+    let mut running = visits.iter().filter(|visit| visit.worker.is_some()).count();
+    let mut next = now + IDLE_INTERVAL;
+    for visit in &mut *visits {
+        let Some(slot) = control.slot_of(visit.database) else { continue };
+        if visit.worker.is_some() || slot.kind() == Kind::Other {
+            continue;
+        }
+        if !slot.is_pending() && visit.due > now {
+            next = next.min(visit.due);
+            continue;
+        }
+        if running >= MAX_WORKERS {
+            // The end of one wakes the launcher.
+            continue;
+        }
+        match start(slot, visit.database) {
+            Some(worker) => {
+                visit.worker = Some(worker);
+                running += 1;
+                *reported_full = false;
+            }
+            None => {
+                next = next.min(now + RETRY_AFTER);
+                if !std::mem::replace(reported_full, true) {
+                    pgrx::ereport!(
+                        pgrx::PgLogLevel::LOG,
+                        pgrx::PgSqlErrorCode::ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
+                        "no background worker slot is free for pg_claims",
+                        "Claims are not reaped until one is. Consider a greater max_worker_processes."
+                    );
+                }
+            }
+        }
+    }
+    next.saturating_duration_since(Instant::now())
+}
+
+/// Notes the end of a database's worker, and when to come again.
+fn collect(visit: &mut Visit, slot: &Slot, now: Instant) {
+    let Some(worker) = &visit.worker else { return };
+    if worker.pid().is_ok() || !has_ended(worker) {
+        return;
+    }
+    visit.worker = None;
+    // Also if it was terminated and could not say so itself.
+    slot.set_running(false);
+    let interval = if slot.is_busy() {
+        guc::reap_interval().min(guc::heartbeat_interval()).to_std().unwrap_or(IDLE_INTERVAL)
+    } else {
+        IDLE_INTERVAL
+    };
+    visit.due = now + interval;
+}
+
+fn has_ended(worker: &DynamicBackgroundWorker) -> bool {
+    use pgrx::bgworkers::BackgroundWorkerStatus::{NotYetStarted, Started};
+    match worker.pid() {
+        Ok(_) => false,
+        Err(Started | NotYetStarted) => false,
+        Err(_) => true,
+    }
+}
+
+fn start(slot: &Slot, database: pg_sys::Oid) -> Option<DynamicBackgroundWorker> {
+    slot.set_worker_latch(std::ptr::null_mut());
+    slot.set_running(true);
+    // SAFETY: the process's own number.
+    let own_pid = unsafe { pg_sys::MyProcPid };
+    let worker = BackgroundWorkerBuilder::new("pg_claims worker")
+        .set_type("pg_claims worker")
+        .set_library("pg_claims")
+        .set_function("pg_claims_worker_main")
+        .enable_spi_access()
+        .set_start_time(BgWorkerStartTime::RecoveryFinished)
+        .set_restart_time(None)
+        .set_argument(Some(pg_sys::Datum::from(database.to_u32())))
+        .set_notify_pid(own_pid)
+        .load_dynamic();
+    match worker {
+        Ok(worker) => Some(worker),
+        Err(_) => {
+            slot.set_running(false);
+            None
+        }
+    }
+}
+
+/// Makes slots and visits those of the databases that there are.
+fn rescan(control: &Control, visits: &mut Vec<Visit>) {
+    let databases = databases();
+    let without_room = control.set_databases(&databases);
+    if without_room > 0 {
+        pgrx::ereport!(
+            pgrx::PgLogLevel::WARNING,
+            pgrx::PgSqlErrorCode::ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
+            format!(
+                "pg_claims serves {MAX_DATABASES} databases, {without_room} more are not served"
+            ),
+            "Call cleanup_stale_sessions() there at intervals."
+        );
+    }
+    visits.retain(|visit| control.slot_of(visit.database).is_some());
+    for slot in control.slots() {
+        let Some(database) = slot.database() else { continue };
+        if !visits.iter().any(|visit| visit.database == database) {
+            visits.push(Visit { database, due: Instant::now(), worker: None });
+        }
+    }
+}
+
+/// The databases that can be connected to.
+fn databases() -> Vec<pg_sys::Oid> {
+    /// What `datconnlimit` is while a database is being dropped.
+    const INVALID: i32 = -2;
+    let mut found = Vec::new();
+    // SAFETY: reads a catalogue that all databases share, in a transaction, as the server's own
+    // autovacuum launcher does.
+    unsafe {
+        pg_sys::StartTransactionCommand();
+        pg_sys::GetTransactionSnapshot();
+        let relation =
+            pg_sys::table_open(pg_sys::DatabaseRelationId, pg_sys::AccessShareLock as i32);
+        let scan = pg_sys::table_beginscan_catalog(relation, 0, std::ptr::null_mut());
+        loop {
+            let tuple = pg_sys::heap_getnext(scan, pg_sys::ScanDirection::ForwardScanDirection);
+            if tuple.is_null() {
+                break;
+            }
+            let row = &*pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_database>();
+            if row.datallowconn && row.datconnlimit != INVALID {
+                found.push(row.oid);
+            }
+        }
+        pg_sys::table_endscan(scan);
+        pg_sys::table_close(relation, pg_sys::AccessShareLock as i32);
+        pg_sys::CommitTransactionCommand();
+    }
+    found
+}

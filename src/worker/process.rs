@@ -1,0 +1,82 @@
+//! What launcher and database workers share: being a process of the server's.
+
+use std::ffi::{CStr, c_int};
+use std::time::Duration;
+
+use pgrx::pg_sys;
+
+use super::wake;
+
+unsafe extern "C-unwind" {
+    // The server's own: ends the process at the next safe point, also in the middle of a statement.
+    fn die(signal: c_int);
+    // The server's own: notes that the settings are to be read anew.
+    fn SignalHandlerForConfigReload(signal: c_int);
+}
+
+/// Takes the signals as the server's own processes do, and begins.
+pub fn begin() {
+    wake::is_worker();
+    // SAFETY: called once, first thing in the process; the handlers are the server's own.
+    unsafe {
+        set_handler(libc::SIGTERM, die);
+        set_handler(libc::SIGHUP, SignalHandlerForConfigReload);
+        pg_sys::BackgroundWorkerUnblockSignals();
+    }
+}
+
+unsafe fn set_handler(signal: c_int, handler: unsafe extern "C-unwind" fn(c_int)) {
+    // SAFETY: the caller gives a handler that may run at any time.
+    unsafe {
+        #[cfg(feature = "pg18")]
+        pg_sys::pqsignal_be(signal, Some(handler));
+        #[cfg(not(feature = "pg18"))]
+        pg_sys::pqsignal(signal, Some(handler));
+    }
+}
+
+/// Waits until somebody wakes the process or the time has passed. Ends the process if it was asked
+/// to end, and reads the settings anew if it was asked to. Returns whether it did the latter.
+pub fn wait(time: Duration) -> bool {
+    let milliseconds = i64::try_from(time.as_millis()).unwrap_or(i64::MAX);
+    let events = pg_sys::WL_LATCH_SET | pg_sys::WL_TIMEOUT | pg_sys::WL_EXIT_ON_PM_DEATH;
+    // SAFETY: the process's own latch.
+    unsafe {
+        pg_sys::WaitLatch(
+            pg_sys::MyLatch,
+            events as c_int,
+            milliseconds,
+            pg_sys::PG_WAIT_EXTENSION,
+        );
+        pg_sys::ResetLatch(pg_sys::MyLatch);
+    }
+    pgrx::check_for_interrupts!();
+    reload_settings()
+}
+
+fn reload_settings() -> bool {
+    // SAFETY: the flag is set by the signal handler; reading the settings is allowed between
+    // transactions.
+    unsafe {
+        if (&raw const pg_sys::ConfigReloadPending).read_volatile() == 0 {
+            return false;
+        }
+        (&raw mut pg_sys::ConfigReloadPending).write_volatile(0);
+        pg_sys::ProcessConfigFile(pg_sys::GucContext::PGC_SIGHUP);
+    }
+    true
+}
+
+/// What `pg_stat_activity` shows the process doing.
+pub fn working_on(what: &CStr) {
+    // SAFETY: copies a null-terminated string.
+    unsafe {
+        pg_sys::pgstat_report_activity(pg_sys::BackendState::STATE_RUNNING, what.as_ptr());
+    }
+}
+
+/// Shows the process waiting.
+pub fn idle() {
+    // SAFETY: a null pointer stands for no text.
+    unsafe { pg_sys::pgstat_report_activity(pg_sys::BackendState::STATE_IDLE, std::ptr::null()) };
+}

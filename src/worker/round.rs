@@ -1,0 +1,319 @@
+//! What a database worker does, step by step, each in transactions of its own.
+//!
+//! A step that fails is counted and told in `worker_health`; it keeps neither the other steps from
+//! being done nor, where it is about one claim or one connection, the other claims and connections.
+
+use std::ffi::CStr;
+use std::panic::AssertUnwindSafe;
+use std::time::{Duration, Instant};
+
+use chrono::TimeDelta;
+use pgrx::pg_sys;
+use pgrx::pg_sys::PgTryBuilder;
+use pgrx::pg_sys::panic::CaughtError;
+
+use super::process;
+use crate::error::{ClaimError, Result};
+use crate::guc;
+use crate::spi::claim::reap::{self, Candidate, Policy};
+use crate::spi::manager::Due;
+use crate::spi::{Db, directive, health, heartbeat, manager, order, prune, session, time};
+
+/// How many claims or rows one transaction takes on.
+const BATCH: i32 = 100;
+
+/// How many events one transaction puts in order or announces.
+const EVENT_BATCH: i32 = 1000;
+
+/// How many rows one transaction of pruning looks at.
+const PRUNE_BATCH: i32 = 1000;
+
+/// How often history is pruned.
+const PRUNE_INTERVAL: TimeDelta = TimeDelta::hours(1);
+
+/// The reason recorded for a claim whose connection ended.
+const CONNECTION_ENDED: &str = "connection_ended";
+
+/// Whether the database has the extension; `None` if that cannot be told.
+pub fn is_installed() -> Option<bool> {
+    let mut run = health::Run::default();
+    step(&mut run, c"looking for the extension", |db| match db.catalog() {
+        Ok(_) => Ok(true),
+        Err(ClaimError::NotInstalled) => Ok(false),
+        Err(error) => Err(error),
+    })
+}
+
+/// One stay in the database.
+pub struct Round {
+    run: health::Run,
+    /// Time spent working.
+    spent: Duration,
+    /// When stale sessions were looked for last.
+    reaped_at: Option<Instant>,
+}
+
+impl Round {
+    /// Begins.
+    pub fn begin() -> Self {
+        Self { run: health::Run::default(), spent: Duration::ZERO, reaped_at: None }
+    }
+
+    /// Does what there is to do. Returns whether there was anything.
+    pub fn run(&mut self) -> bool {
+        let start = Instant::now();
+        let mut done = beat_connections(&mut self.run);
+        done |= release_ended_connections(&mut self.run);
+        if self.is_reaping_due() {
+            self.reaped_at = Some(Instant::now());
+            done |= attend_claims(&mut self.run);
+            self.prune();
+        }
+        done |= announce(&mut self.run);
+        self.spent += start.elapsed();
+        done
+    }
+
+    fn is_reaping_due(&self) -> bool {
+        let interval = guc::reap_interval().to_std().unwrap_or_default();
+        self.reaped_at.is_none_or(|at| at.elapsed() >= interval)
+    }
+
+    fn prune(&mut self) {
+        let due = step(&mut self.run, c"pg_claims: looking whether to prune", |db| {
+            health::is_pruning_due(db, PRUNE_INTERVAL)
+        });
+        if due == Some(true) {
+            tidy(&mut self.run);
+            self.run.pruned = true;
+        }
+    }
+
+    /// Records how it went. Returns whether time alone may change something here.
+    pub fn finish(mut self) -> bool {
+        self.run.duration = TimeDelta::from_std(self.spent).unwrap_or(TimeDelta::MAX);
+        let mut outcome = health::Run::default();
+        let run = self.run;
+        step(&mut outcome, c"pg_claims: recording health", |db| {
+            health::record(db, &run)?;
+            health::is_busy(db)
+        })
+        // If it cannot be told, come back soon.
+        .unwrap_or(true)
+    }
+}
+
+/// Beats for the connections whose heartbeat is due.
+fn beat_connections(run: &mut health::Run) -> bool {
+    let due = step(run, c"pg_claims: looking for due heartbeats", manager::due).unwrap_or_default();
+    for due in &due {
+        let beat = try_step(c"pg_claims: beating for connections", |db| beat(db, due));
+        let failure = match beat {
+            Ok(None) => continue,
+            Ok(Some(refusal)) => refusal.to_owned(),
+            Err(error) => {
+                note(run, error.clone());
+                error
+            }
+        };
+        step(run, c"pg_claims: counting a failed heartbeat", |db| {
+            manager::failed(db, due.connection, &failure)
+        });
+    }
+    !due.is_empty()
+}
+
+/// Beats for one connection. Returns why it could not.
+fn beat(db: &Db<'_>, due: &Due) -> Result<Option<&'static str>> {
+    let session_ids = [due.session_id.clone()];
+    for (_, found) in heartbeat::beat_many(db, &session_ids)? {
+        match found {
+            heartbeat::Found::Beaten(beat, _) => {
+                manager::succeeded(db, due.connection, beat.heartbeat_at)?;
+            }
+            // Whoever writes the session keeps everybody else from taking anything from it, so
+            // that this is neither a heartbeat nor a failure: the next look tries again.
+            heartbeat::Found::Busy => {}
+            heartbeat::Found::Unknown => return Ok(Some("the session does not exist any more")),
+            heartbeat::Found::Released => return Ok(Some("the session has ended")),
+        }
+    }
+    Ok(None)
+}
+
+/// Forgets connections that have ended, and releases what they held if a setting says so.
+fn release_ended_connections(run: &mut health::Run) -> bool {
+    let ended =
+        step(run, c"pg_claims: looking for ended connections", manager::ended).unwrap_or_default();
+    for ended in &ended {
+        step(run, c"pg_claims: forgetting ended connections", |db| {
+            if !manager::forget(db, ended)? {
+                return Ok(());
+            }
+            let Some(found) = session::find(db, &ended.session_id)? else { return Ok(()) };
+            if let Some((sd_id, claim_id)) = found.claim {
+                directive::lock(db, vec![sd_id])?;
+                session::let_go(db, &ended.session_id, claim_id, CONNECTION_ENDED, true)?;
+            }
+            Ok(())
+        });
+    }
+    !ended.is_empty()
+}
+
+/// Notes stale sessions, warns of old claims, and reaps.
+fn attend_claims(run: &mut health::Run) -> bool {
+    let policy = Policy { reap: guc::auto_reap(), min_silence: TimeDelta::zero() };
+    let mut after: Option<String> = None;
+    let mut any = false;
+    loop {
+        let candidates = step(run, c"pg_claims: looking for stale sessions", |db| {
+            reap::scan(db, policy, after.as_deref(), BATCH)
+        })
+        .unwrap_or_default();
+        let Some(last) = candidates.last() else { return any };
+        after = Some(last.sd_id.clone());
+        any = true;
+        run.reaped += attend_batch(run, &candidates, policy);
+        if candidates.len() < BATCH as usize {
+            return any;
+        }
+    }
+}
+
+/// All in one transaction or, if that fails, each by itself: one claim that cannot be ended, such
+/// as by a trigger of the user's, must not keep the others.
+fn attend_batch(run: &mut health::Run, candidates: &[Candidate], policy: Policy) -> i64 {
+    let attend = |db: &Db<'_>, candidates: &[Candidate]| -> Result<i64> {
+        let mut reaped = 0;
+        for candidate in candidates {
+            reaped += i64::from(reap::attend(db, candidate, policy)?);
+        }
+        Ok(reaped)
+    };
+    const WHAT: &CStr = c"pg_claims: reaping stale sessions";
+    if let Ok(reaped) = try_step(WHAT, |db| attend(db, candidates)) {
+        return reaped;
+    }
+    candidates.chunks(1).filter_map(|one| step(run, WHAT, |db| attend(db, one))).sum()
+}
+
+/// Puts what has become visible in order, and announces it.
+fn announce(run: &mut health::Run) -> bool {
+    let full = EVENT_BATCH as usize;
+    let mut any = false;
+    loop {
+        let appended = step(run, c"pg_claims: putting events in order", |db| {
+            order::append_visible(db, EVENT_BATCH)
+        })
+        .unwrap_or(0);
+        let announced = step(run, c"pg_claims: announcing events", |db| {
+            order::announce(db, EVENT_BATCH, guc::notify())
+        })
+        .unwrap_or(0);
+        any |= appended > 0 || announced > 0;
+        if appended < full && announced < full {
+            return any;
+        }
+    }
+}
+
+/// Removes old history, and ends sessions that nobody comes back to.
+fn tidy(run: &mut health::Run) {
+    step(run, c"pg_claims: setting heartbeats right", prune::pull_back_heartbeats);
+    if let Some(silence) = guc::session_retention() {
+        until_fewer(run, c"pg_claims: ending silent sessions", |db| {
+            Ok(prune::end_silent_sessions(db, silence, BATCH)? as i64)
+        });
+    }
+    let Some(retention) = guc::history_retention() else { return };
+    let Some(limit) = time::now().checked_sub_signed(retention) else { return };
+    prune_all(run, c"pg_claims: pruning claims", |db, from| {
+        prune::claims(db, from, limit, PRUNE_BATCH)
+    });
+    prune_all(run, c"pg_claims: pruning events", |db, from| {
+        prune::events(db, from, limit, PRUNE_BATCH)
+    });
+    until_fewer(run, c"pg_claims: pruning sessions", |db| prune::sessions(db, limit, PRUNE_BATCH));
+}
+
+/// Prunes a table stretch by stretch, until nothing old is left (or a stretch fails).
+fn prune_all(
+    run: &mut health::Run,
+    what: &CStr,
+    prune: impl Fn(&Db<'_>, i64) -> Result<prune::Stretch>,
+) {
+    let mut from = Some(0);
+    while let Some(position) = from {
+        from = step(run, what, |db| prune(db, position)).and_then(|stretch| stretch.next);
+    }
+}
+
+/// Repeats a step until it does nothing (or fails).
+fn until_fewer(run: &mut health::Run, what: &CStr, work: impl Fn(&Db<'_>) -> Result<i64>) {
+    while step(run, what, &work).is_some_and(|done| done > 0) {}
+}
+
+/// Runs `work` in a transaction; counts its failure.
+fn step<R>(
+    run: &mut health::Run,
+    what: &CStr,
+    work: impl FnOnce(&Db<'_>) -> Result<R>,
+) -> Option<R> {
+    match try_step(what, work) {
+        Ok(done) => Some(done),
+        Err(error) => {
+            note(run, error);
+            None
+        }
+    }
+}
+
+fn note(run: &mut health::Run, error: String) {
+    pgrx::log!("pg_claims worker: {error}");
+    run.errors += 1;
+    run.last_error = Some(error);
+}
+
+/// Runs `work` in a transaction, which is rolled back if it fails.
+fn try_step<R>(
+    what: &CStr,
+    work: impl FnOnce(&Db<'_>) -> Result<R>,
+) -> std::result::Result<R, String> {
+    process::working_on(what);
+    pgrx::check_for_interrupts!();
+    // Neither the closure nor what it borrows is used again after a failure.
+    let attempt = AssertUnwindSafe(|| {
+        // SAFETY: no transaction is open in a worker between two steps.
+        unsafe {
+            pg_sys::SetCurrentStatementStartTimestamp();
+            pg_sys::StartTransactionCommand();
+            pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
+        }
+        let done = Db::connect(work).map_err(|error| error.to_string())?;
+        // SAFETY: the snapshot and the transaction are those from above.
+        unsafe {
+            pg_sys::PopActiveSnapshot();
+            pg_sys::CommitTransactionCommand();
+        }
+        Ok(done)
+    });
+    let outcome = PgTryBuilder::new(attempt)
+        .catch_others(|error| Err(message_of(&error)))
+        .catch_rust_panic(|error| Err(message_of(&error)))
+        .execute();
+    if outcome.is_err() {
+        // SAFETY: ends the transaction whichever way it failed, as the server does for a session.
+        unsafe { pg_sys::AbortCurrentTransaction() };
+    }
+    outcome
+}
+
+fn message_of(error: &CaughtError) -> String {
+    match error {
+        CaughtError::PostgresError(report) | CaughtError::ErrorReport(report) => {
+            report.message().to_owned()
+        }
+        CaughtError::RustPanic { ereport, .. } => ereport.message().to_owned(),
+    }
+}

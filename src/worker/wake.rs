@@ -1,0 +1,134 @@
+//! Waking the worker when a transaction has been committed that recorded events.
+
+use std::cell::Cell;
+use std::ffi::c_void;
+use std::time::{Duration, Instant};
+
+use pgrx::pg_sys;
+
+use super::control::{self, Found};
+use super::launcher_worker;
+use crate::{guc, service};
+
+/// How long a session waits before it looks for the launcher again.
+const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(1);
+
+thread_local! {
+    /// Whether the transaction has done something that the worker is to know of.
+    static WANTED: Cell<bool> = const { Cell::new(false) };
+    /// Whether this process is a worker itself.
+    static IS_WORKER: Cell<bool> = const { Cell::new(false) };
+    static LOOKED_AT: Cell<Option<Instant>> = const { Cell::new(None) };
+    static WAKES_AT_EXIT: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Asks the server to tell how transactions end.
+pub(super) fn init() {
+    // SAFETY: runs once per process; the callback lives as long as the library.
+    unsafe { pg_sys::RegisterXactCallback(Some(transaction_ends), std::ptr::null_mut()) };
+}
+
+/// This process does the work itself and need not wake anybody.
+pub(super) fn is_worker() {
+    IS_WORKER.set(true);
+}
+
+/// Wakes the worker when the transaction has been committed.
+pub fn at_commit() {
+    WANTED.set(true);
+}
+
+/// Wakes the worker when this process ends.
+pub fn at_exit() {
+    if !WAKES_AT_EXIT.replace(true) {
+        // SAFETY: the callback lives as long as the library, and what it touches is detached later.
+        unsafe { pg_sys::before_shmem_exit(Some(process_ends), pg_sys::Datum::from(0)) };
+    }
+}
+
+#[pgrx::pg_guard]
+unsafe extern "C-unwind" fn transaction_ends(
+    event: pg_sys::XactEvent::Type,
+    _argument: *mut c_void,
+) {
+    if !WANTED.get() || IS_WORKER.get() {
+        return;
+    }
+    match event {
+        // The last moment at which something may fail.
+        pg_sys::XactEvent::XACT_EVENT_PRE_COMMIT => {
+            ensure().ok();
+        }
+        pg_sys::XactEvent::XACT_EVENT_COMMIT => {
+            WANTED.set(false);
+            wake();
+        }
+        pg_sys::XactEvent::XACT_EVENT_ABORT | pg_sys::XactEvent::XACT_EVENT_PREPARE => {
+            WANTED.set(false);
+        }
+        _ => {}
+    }
+}
+
+extern "C-unwind" fn process_ends(_code: i32, _: pg_sys::Datum) {
+    wake();
+}
+
+/// Neither allocates nor fails.
+fn wake() {
+    if let Some(control) = control::attached() {
+        // SAFETY: the database's id is set before any transaction and never changes.
+        control.wake(unsafe { pg_sys::MyDatabaseId });
+    }
+}
+
+/// Why there is no worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NoWorker {
+    /// `pg_claims.worker` is off.
+    SwitchedOff,
+    /// The server is a standby.
+    InRecovery,
+    /// No slot is free among `max_worker_processes`.
+    NoSlot,
+}
+
+impl NoWorker {
+    /// For people.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::SwitchedOff => "pg_claims.worker is off",
+            Self::InRecovery => "the server is a standby",
+            Self::NoSlot => "no background worker slot is free",
+        }
+    }
+}
+
+/// Finds the launcher, or starts it.
+pub fn ensure() -> Result<(), NoWorker> {
+    if !guc::worker() {
+        return Err(NoWorker::SwitchedOff);
+    }
+    if service::is_in_recovery() {
+        return Err(NoWorker::InRecovery);
+    }
+    if control::attached().is_some() {
+        return Ok(());
+    }
+    // A launcher that is being started is not there at once, and a server without a free slot
+    // should not be asked at every commit.
+    if LOOKED_AT.get().is_some_and(|at| at.elapsed() < LOOK_AGAIN_AFTER) {
+        return Ok(());
+    }
+    LOOKED_AT.set(Some(Instant::now()));
+    match control::find() {
+        Found::Ready(handle) => {
+            control::attach(handle);
+            Ok(())
+        }
+        Found::Starting => Ok(()),
+        Found::Nothing => {
+            launcher_worker().load_dynamic().map(|_| ()).map_err(|_| NoWorker::NoSlot)
+        }
+    }
+}
