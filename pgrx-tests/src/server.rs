@@ -136,6 +136,11 @@ impl Server {
 
     /// Starts the server and waits until it accepts connections.
     pub fn start(&self) -> Result<()> {
+        self.start_with("")
+    }
+
+    /// Starts the server with options for the program `postgres` itself.
+    pub fn start_with(&self, options: &str) -> Result<()> {
         let log = self.root.join("log");
         let status = self
             .installation
@@ -144,7 +149,7 @@ impl Server {
             .arg(self.data())
             .arg("-l")
             .arg(&log)
-            .args(["-w", "-t", "120", "-s", "start"])
+            .args(["-w", "-t", "120", "-s", "-o", options, "start"])
             // The server must not keep a pipe of ours open.
             .stdout(std::process::Stdio::null())
             .stderr(std::process::Stdio::null())

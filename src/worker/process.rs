@@ -38,8 +38,18 @@ unsafe fn set_handler(signal: c_int, handler: unsafe extern "C-unwind" fn(c_int)
 /// Waits until somebody wakes the process or the time has passed. Ends the process if it was asked
 /// to end, and reads the settings anew if it was asked to. Returns whether it did the latter.
 pub fn wait(time: Duration) -> bool {
+    wait_for(time, pg_sys::WL_LATCH_SET)
+}
+
+/// The same, but waits for the whole time: whoever wakes the process meanwhile need not even
+/// interrupt it.
+pub fn pause(time: Duration) {
+    wait_for(time, 0);
+}
+
+fn wait_for(time: Duration, further_events: u32) -> bool {
     let milliseconds = i64::try_from(time.as_millis()).unwrap_or(i64::MAX);
-    let events = pg_sys::WL_LATCH_SET | pg_sys::WL_TIMEOUT | pg_sys::WL_EXIT_ON_PM_DEATH;
+    let events = further_events | pg_sys::WL_TIMEOUT | pg_sys::WL_EXIT_ON_PM_DEATH;
     // SAFETY: the process's own latch.
     unsafe {
         pg_sys::WaitLatch(

@@ -217,6 +217,35 @@ fn a_backlog_owner_s_code_never_runs_with_the_extension_s_rights() {
 }
 
 #[test]
+fn a_backlog_owner_s_deferred_trigger_never_runs_with_the_rights_of_whoever_commits() {
+    let (db, mut owner) = coordinated();
+    let tenant = tenant(&db, &mut owner);
+    let mut t = db.connect_as(&tenant);
+    t.batch_execute(
+        "CREATE TABLE theirs (key text PRIMARY KEY, is_working_on boolean);
+         CREATE TABLE seen (as_role text);
+         CREATE FUNCTION spy() RETURNS trigger LANGUAGE plpgsql AS
+           $$ BEGIN INSERT INTO public.seen VALUES (current_user); RETURN NULL; END $$;
+         CREATE CONSTRAINT TRIGGER spy AFTER UPDATE ON theirs DEFERRABLE INITIALLY DEFERRED
+           FOR EACH ROW EXECUTE FUNCTION spy();
+         INSERT INTO theirs VALUES ('T-1');
+         SELECT bind_directives('theirs', '{key}')",
+    )
+    .unwrap();
+    granted(&mut owner, "T-1", "s1");
+    age_heartbeat(&mut owner, "s1", "1 hour");
+    json(&mut owner, "SELECT cleanup_stale_sessions()", &[]);
+    let seen = "SELECT string_agg(as_role, ',') FROM seen";
+    assert_eq!(value(&mut owner, seen), Some(format!("{tenant},{tenant}")));
+    assert_in_step(&mut owner);
+    // The user's own writes are deferred as before.
+    t.batch_execute("BEGIN; UPDATE theirs SET key = 'T-2'").unwrap();
+    assert_eq!(count(&mut t, "SELECT count(*) FROM seen"), 2);
+    t.batch_execute("COMMIT").unwrap();
+    assert_eq!(count(&mut t, "SELECT count(*) FROM seen"), 3);
+}
+
+#[test]
 fn a_backlog_owner_s_casts_never_run_with_the_extension_s_rights() {
     let (db, mut owner) = coordinated();
     let tenant = tenant(&db, &mut owner);

@@ -176,3 +176,17 @@ fn a_standby_shows_everything_writes_nothing_and_gives_grace_once_promoted() {
     assert!(granted(&mut standby, "SD-1", "s2") > held, "tokens only grow");
     assert_in_step(&mut standby);
 }
+
+#[test]
+fn under_pg_upgrade_nothing_runs() {
+    let (server, c) = coordinated_server("upgrade", &["shared_preload_libraries = 'pg_claims'"]);
+    drop(c);
+    server.stop(Stop::Fast).unwrap();
+    // As pg_upgrade starts both servers.
+    server.start_with("-b").unwrap();
+    let mut c = connect(&server);
+    assert_eq!(value(&mut c, "SELECT count(*) FROM claude_sessions").as_deref(), Some("2"));
+    thread::sleep(Duration::from_secs(2));
+    let workers = "SELECT count(*) FROM pg_stat_activity WHERE backend_type LIKE 'pg_claims%'";
+    assert_eq!(count(&mut c, workers), 0);
+}

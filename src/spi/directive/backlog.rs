@@ -28,6 +28,9 @@ pub struct Backlog {
     enums: Vec<String>,
     /// A column that the table does not have (any more).
     missing: Option<String>,
+    /// Its deferrable constraint triggers, as SET CONSTRAINTS names them, and whether each is deferred
+    /// unless told otherwise.
+    pub deferrable: Vec<(String, bool)>,
 }
 
 impl Backlog {
@@ -74,6 +77,7 @@ impl Backlog {
             }
             present.push(name);
         }
+        let deferrable = deferrable_triggers(db, table_oid)?;
         let missing = columns.named().find(|column| !present.contains(column)).cloned();
         Ok(Self {
             // Rows of tables that inherit from it are not its own: they could repeat a key.
@@ -85,6 +89,7 @@ impl Backlog {
             columns,
             enums,
             missing,
+            deferrable,
         })
     }
 
@@ -159,6 +164,23 @@ impl Backlog {
             .collect();
         format!("({}) LIMIT 1", branches.join(") UNION ALL ("))
     }
+}
+
+fn deferrable_triggers(db: &Db<'_>, table: pg_sys::Oid) -> Result<Vec<(String, bool)>> {
+    let rows = db.run_once(
+        "SELECT pg_catalog.format('%I.%I', n.nspname, c.conname), t.tginitdeferred
+           FROM pg_catalog.pg_trigger t
+           JOIN pg_catalog.pg_constraint c ON c.oid = t.tgconstraint AND c.contype = 't'
+           JOIN pg_catalog.pg_namespace n ON n.oid = c.connamespace
+          WHERE t.tgrelid = $1 AND t.tgdeferrable ORDER BY c.conname",
+        &[table.into()],
+    )?;
+    let mut found = Vec::new();
+    for row in rows {
+        let name = required(row.get(1)?, "pg_constraint")?;
+        found.push((name, required(row.get(2)?, "pg_trigger")?));
+    }
+    Ok(found)
 }
 
 /// [`Backlog::resolve`], or nothing where there is no backlog.

@@ -165,13 +165,37 @@ pub fn sync(db: &Db<'_>, sd_id: &str, session_id: Option<&str>) -> Result<()> {
         Syncing::new(Target { sd_id: sd_id.to_owned(), session_id: session_id.map(str::to_owned) });
     let arguments = [sd_id.into(), session_id.into()];
     if run_as_owner(db, &SYNC, &arguments)? > 0 {
-        return Ok(());
+        return fire_deferred_triggers(db);
     }
     // Nothing was written: it says so already, the SD is gone, or a trigger of the user's has
     // swallowed the write.
     if run_as_owner(db, &DISAGREES, &arguments)? > 0 {
         return Err(ClaimError::MirrorRefused { sd_id: sd_id.to_owned() });
     }
+    Ok(())
+}
+
+/// Until PostgreSQL 18 a deferred trigger runs with the rights of whoever commits: a caller's, or the
+/// worker's. So those of the backlog's owner are fired at once, with the owner's.
+#[cfg(not(feature = "pg18"))]
+fn fire_deferred_triggers(db: &Db<'_>) -> Result<()> {
+    let catalog = db.catalog()?;
+    let Some(backlog) = catalog.backlog.as_ref().filter(|b| !b.deferrable.is_empty()) else {
+        return Ok(());
+    };
+    let _acting = ActingAs::table_owner(backlog.owner, &backlog.search_path);
+    for (constraint, is_deferred) in &backlog.deferrable {
+        db.run_once(&format!("SET CONSTRAINTS {constraint} IMMEDIATE"), &[])?;
+        if *is_deferred {
+            db.run_once(&format!("SET CONSTRAINTS {constraint} DEFERRED"), &[])?;
+        }
+    }
+    Ok(())
+}
+
+/// Since PostgreSQL 18 a deferred trigger runs with the rights of whoever wrote the row.
+#[cfg(feature = "pg18")]
+fn fire_deferred_triggers(_: &Db<'_>) -> Result<()> {
     Ok(())
 }
 
