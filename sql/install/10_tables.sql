@@ -126,7 +126,9 @@ CREATE TABLE heartbeat_connections (
     last_error           text,
     given_up_at          timestamptz,
     CONSTRAINT heartbeat_connections_pkey PRIMARY KEY (backend_pid, backend_start)
-);
+)
+-- Every heartbeat rewrites its row.
+WITH (fillfactor = 50);
 
 -- At most one row: how the worker does in this database.
 CREATE TABLE worker_health (

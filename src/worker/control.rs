@@ -51,6 +51,8 @@ pub struct Slot {
     /// Time alone may change something, so that the worker must come back by itself.
     busy: AtomicBool,
     worker_latch: AtomicUsize,
+    /// Grows while the worker gets on.
+    turns: AtomicU32,
 }
 
 /// What is known of a database.
@@ -125,6 +127,16 @@ impl Slot {
     /// Remembers where to wake the worker.
     pub fn set_worker_latch(&self, latch: *mut pg_sys::Latch) {
         self.worker_latch.store(latch.addr(), ORDER);
+    }
+
+    /// The worker gets on.
+    pub fn take_turn(&self) {
+        self.turns.fetch_add(1, ORDER);
+    }
+
+    /// How often it has got on; wraps around.
+    pub fn turns(&self) -> u32 {
+        self.turns.load(ORDER)
     }
 
     fn clear(&self, database: u32) {

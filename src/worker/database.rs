@@ -71,6 +71,7 @@ fn work(slot: &Slot) -> bool {
     let mut quiet_since = Instant::now();
     while quiet_since.elapsed() < LINGER {
         let was_pending = slot.take_pending();
+        slot.take_turn();
         match round::is_installed() {
             Some(true) => slot.set_kind(Kind::Served),
             Some(false) => {

@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use pgrx::bgworkers::{BackgroundWorkerBuilder, BgWorkerStartTime, DynamicBackgroundWorker};
 use pgrx::pg_sys;
 
+use super::child::Child;
 use super::control::{self, Control, Kind, MAX_DATABASES, Slot};
 use super::process;
 use crate::guc;
@@ -19,6 +19,10 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// How many database workers may run at once, so that other extensions find slots as well.
 const MAX_WORKERS: usize = 2;
 
+/// After how many intervals of reaping without getting on a database worker counts as stuck, such as
+/// in a trigger of the user's that never returns, and is terminated: it must not keep the others.
+const STUCK_AFTER: u32 = 30;
+
 /// The lock that one launcher holds at a time: an advisory lock of no database, which nobody else
 /// can take. The words are arbitrary.
 const SINGLETON: [u32; 2] = [0x7067_636c, 0x6169_6d73];
@@ -27,7 +31,15 @@ const SINGLETON: [u32; 2] = [0x7067_636c, 0x6169_6d73];
 struct Visit {
     database: pg_sys::Oid,
     due: Instant,
-    worker: Option<DynamicBackgroundWorker>,
+    worker: Option<Child>,
+}
+
+fn heartbeat_interval() -> Duration {
+    guc::heartbeat_interval().to_std().unwrap_or(IDLE_INTERVAL)
+}
+
+fn reap_interval() -> Duration {
+    guc::reap_interval().to_std().unwrap_or(IDLE_INTERVAL)
 }
 
 /// The launcher's main function.
@@ -88,7 +100,8 @@ fn serve(control: &Control, visits: &mut Vec<Visit>, reported_full: &mut bool) -
         }
     }
     let mut running = visits.iter().filter(|visit| visit.worker.is_some()).count();
-    let mut next = now + IDLE_INTERVAL;
+    // Its end wakes the launcher; that it does not get on must be looked for.
+    let mut next = now + if running > 0 { reap_interval() } else { IDLE_INTERVAL };
     for visit in &mut *visits {
         let Some(slot) = control.slot_of(visit.database) else { continue };
         if visit.worker.is_some() || slot.kind() == Kind::Other {
@@ -102,9 +115,11 @@ fn serve(control: &Control, visits: &mut Vec<Visit>, reported_full: &mut bool) -
             // The end of one wakes the launcher.
             continue;
         }
-        match start(slot, visit.database) {
+        match Child::start(slot, visit.database) {
             Some(worker) => {
                 visit.worker = Some(worker);
+                // From its beginning, so that it comes at even intervals.
+                visit.due = now + reap_interval().min(heartbeat_interval());
                 running += 1;
                 *reported_full = false;
             }
@@ -126,51 +141,15 @@ fn serve(control: &Control, visits: &mut Vec<Visit>, reported_full: &mut bool) -
 
 /// Notes the end of a database's worker, and when to come again.
 fn collect(visit: &mut Visit, slot: &Slot, now: Instant) {
-    let Some(worker) = &visit.worker else { return };
-    if worker.pid().is_ok() || !has_ended(worker) {
-        return;
+    let Some(worker) = &mut visit.worker else { return };
+    if !worker.has_ended() {
+        return worker.terminate_if_stuck(slot, reap_interval() * STUCK_AFTER);
     }
     visit.worker = None;
     // Also if it was terminated and could not say so itself.
     slot.set_running(false);
-    let interval = if slot.is_busy() {
-        guc::reap_interval().min(guc::heartbeat_interval()).to_std().unwrap_or(IDLE_INTERVAL)
-    } else {
-        IDLE_INTERVAL
-    };
-    visit.due = now + interval;
-}
-
-fn has_ended(worker: &DynamicBackgroundWorker) -> bool {
-    use pgrx::bgworkers::BackgroundWorkerStatus::{NotYetStarted, Started};
-    match worker.pid() {
-        Ok(_) => false,
-        Err(Started | NotYetStarted) => false,
-        Err(_) => true,
-    }
-}
-
-fn start(slot: &Slot, database: pg_sys::Oid) -> Option<DynamicBackgroundWorker> {
-    slot.set_worker_latch(std::ptr::null_mut());
-    slot.set_running(true);
-    // SAFETY: the process's own number.
-    let own_pid = unsafe { pg_sys::MyProcPid };
-    let worker = BackgroundWorkerBuilder::new("pg_claims worker")
-        .set_type("pg_claims worker")
-        .set_library("pg_claims")
-        .set_function("pg_claims_worker_main")
-        .enable_spi_access()
-        .set_start_time(BgWorkerStartTime::RecoveryFinished)
-        .set_restart_time(None)
-        .set_argument(Some(pg_sys::Datum::from(database.to_u32())))
-        .set_notify_pid(own_pid)
-        .load_dynamic();
-    match worker {
-        Ok(worker) => Some(worker),
-        Err(_) => {
-            slot.set_running(false);
-            None
-        }
+    if !slot.is_busy() {
+        visit.due = now + IDLE_INTERVAL;
     }
 }
 

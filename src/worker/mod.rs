@@ -9,6 +9,7 @@
 //! that needs it does. Launcher, workers and sessions speak through a small piece of shared memory
 //! (see `control`), which needs no preloading either.
 
+mod child;
 mod control;
 mod database;
 mod launcher;
@@ -16,14 +17,14 @@ mod process;
 mod round;
 pub mod wake;
 
+use std::ffi::CStr;
+use std::time::Duration;
+
 use pgrx::bgworkers::{BackgroundWorkerBuilder, BgWorkerStartTime};
 use pgrx::pg_sys;
 
 /// What `pg_stat_activity` shows as the launcher's `backend_type`.
 const LAUNCHER_TYPE: &CStr = c"pg_claims launcher";
-
-use std::ffi::CStr;
-use std::time::Duration;
 
 /// How soon the server restarts a launcher that was terminated or has failed.
 const RESTART_AFTER: Duration = Duration::from_secs(1);

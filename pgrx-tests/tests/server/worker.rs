@@ -440,3 +440,27 @@ fn a_server_without_a_free_slot_says_so_and_claims_go_on() {
     age_heartbeat(&mut c, "s1", "1 hour");
     assert_eq!(json(&mut c, "SELECT cleanup_stale_sessions()", &[])["stale_sessions_cleaned"], 1);
 }
+
+#[test]
+fn a_worker_that_is_stuck_is_ended_and_keeps_no_other_database() {
+    // It counts as stuck after thirty intervals.
+    let (server, mut c) = served("stuck", &[]);
+    for database in ["hung", "hung_too"] {
+        c.batch_execute(&format!("CREATE DATABASE {database}")).unwrap();
+        let mut hung = connect(&server, database);
+        hung.batch_execute(
+            "CREATE EXTENSION pg_claims;
+             INSERT INTO strategic_directives_v2 (sd_id) VALUES ('SD-1');
+             SELECT register_session('s1'); SELECT claim_sd('SD-1', 's1');
+             CREATE FUNCTION hang() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(3600); RETURN NEW; END $$;
+             CREATE TRIGGER hang BEFORE UPDATE ON strategic_directives_v2 FOR EACH ROW EXECUTE FUNCTION hang();
+             UPDATE claude_sessions SET heartbeat_at = heartbeat_at - interval '1 hour'",
+        )
+        .unwrap();
+    }
+    let hung = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'pg_claims worker' AND wait_event = 'PgSleep'";
+    wait_until("both workers to hang", || count(&mut c, hung) == 2);
+    granted(&mut c, "SD-1", "s1");
+    age_heartbeat(&mut c, "s1", "1 hour");
+    wait_until("this database's turn to come all the same", || is_free(&mut c, "SD-1"));
+}
