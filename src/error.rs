@@ -11,6 +11,24 @@ use thiserror::Error;
 /// The result of everything that can fail inside the extension.
 pub type Result<T, E = ClaimError> = std::result::Result<T, E>;
 
+/// What a table of the user's is to be used for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// As the backlog.
+    Bind,
+    /// For rows that are written under their SD's claim.
+    Guard,
+}
+
+impl std::fmt::Display for Purpose {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Bind => "bind as the backlog",
+            Self::Guard => "guard",
+        })
+    }
+}
+
 /// What can go wrong.
 #[derive(Debug, Error)]
 pub enum ClaimError {
@@ -42,6 +60,38 @@ pub enum ClaimError {
         /// The role that calls.
         caller: String,
     },
+    /// The claim that a transaction relies on is not held.
+    #[error("session \"{session_id}\" does not hold claim {claim_id} on SD \"{sd_id}\"")]
+    ClaimNotHeld {
+        /// The SD.
+        sd_id: String,
+        /// The session.
+        session_id: String,
+        /// The acquisition.
+        claim_id: i64,
+        /// Who has the SD now, and since when.
+        detail: String,
+    },
+    /// A row of a guarded table was to be written without its SD's claim.
+    #[error("rows of SD \"{sd_id}\" in table {table} can be written only under its claim")]
+    Unguarded {
+        /// The SD.
+        sd_id: String,
+        /// The table.
+        table: String,
+    },
+    /// A guarded table was to be truncated.
+    #[error("cannot truncate table {table}, which is guarded")]
+    GuardedTruncate {
+        /// The table.
+        table: String,
+    },
+    /// There is no guard to take off.
+    #[error("table {table} is not guarded")]
+    NotGuarded {
+        /// The table.
+        table: String,
+    },
     /// The caller may not bind the table.
     #[error("permission denied for table {table}")]
     NotTableOwner {
@@ -62,11 +112,13 @@ pub enum ClaimError {
         /// What to do instead.
         hint: &'static str,
     },
-    /// The table cannot serve as the backlog.
-    #[error("cannot bind table {table} as the backlog")]
-    CannotBind {
+    /// The table cannot serve as the backlog, or cannot be guarded.
+    #[error("cannot {purpose} table {table}")]
+    UnfitTable {
         /// The error's class.
         code: PgSqlErrorCode,
+        /// What was to be done with it.
+        purpose: Purpose,
         /// The table.
         table: String,
         /// Why not.
@@ -141,11 +193,15 @@ impl ClaimError {
             Self::NotSessionOwner { .. } | Self::NotTableOwner { .. } => {
                 PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE
             }
-            Self::DirectWrite { code, .. } | Self::CannotBind { code, .. } => *code,
+            Self::DirectWrite { code, .. } | Self::UnfitTable { code, .. } => *code,
             Self::BacklogInUse { .. } => PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
             Self::ColumnGone { .. } => PgSqlErrorCode::ERRCODE_UNDEFINED_COLUMN,
             Self::MirrorRefused { .. } => PgSqlErrorCode::ERRCODE_TRIGGERED_ACTION_EXCEPTION,
             Self::NeedsReadCommitted { .. } => PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
+            Self::ClaimNotHeld { .. }
+            | Self::Unguarded { .. }
+            | Self::GuardedTruncate { .. }
+            | Self::NotGuarded { .. } => PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Self::NotBound => PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Self::Unsettled { .. } => PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Self::NotInstalled => PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT,
@@ -164,8 +220,13 @@ impl ClaimError {
             Self::NotTableOwner { caller, .. } => {
                 Some(format!("Role \"{caller}\" does not own the table."))
             }
+            Self::ClaimNotHeld { detail, .. } => Some(detail.clone()),
+            Self::Unguarded { .. } => Some("This transaction has not asserted the claim.".into()),
+            Self::GuardedTruncate { .. } => {
+                Some("It would remove rows of SDs that others may have claimed.".into())
+            }
             Self::DirectWrite { detail, .. } => detail.clone(),
-            Self::CannotBind { detail, .. } | Self::BacklogInUse { detail } => Some(detail.clone()),
+            Self::UnfitTable { detail, .. } | Self::BacklogInUse { detail } => Some(detail.clone()),
             Self::MirrorRefused { .. } => {
                 Some("A trigger on the backlog has suppressed or changed the update.".into())
             }
@@ -189,8 +250,17 @@ impl ClaimError {
             Self::NotTableOwner { .. } => {
                 Some("Call as the table's owner or as a superuser.".into())
             }
+            Self::ClaimNotHeld { .. } => {
+                Some("Stop this work; claim the SD again if it is free.".into())
+            }
+            Self::Unguarded { .. } => Some(
+                "Call assert_claim() for the SD earlier in the same transaction, or unguard_table().".into(),
+            ),
+            Self::GuardedTruncate { .. } => {
+                Some("Use DELETE under the claims, or call unguard_table() first.".into())
+            }
             Self::DirectWrite { hint, .. } => Some((*hint).into()),
-            Self::CannotBind { hint, .. } => Some(hint.clone()),
+            Self::UnfitTable { hint, .. } => Some(hint.clone()),
             Self::BacklogInUse { .. } => {
                 Some("Release these claims first, with release_sd().".into())
             }

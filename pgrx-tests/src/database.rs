@@ -86,6 +86,14 @@ impl TestDb {
         String::from_utf8(output.stdout).unwrap()
     }
 
+    /// psql, set to connect to the database, to be started by the test.
+    pub fn psql_child(&self, arguments: &[&str]) -> std::process::Command {
+        let mut command =
+            server::client_program(&self.installation, &self.socket_dir, "psql", &self.name);
+        command.args(arguments);
+        command
+    }
+
     /// Runs a dump or any other script with psql, which must not meet an error. Returns what psql
     /// printed.
     pub fn psql(&self, script: &str) -> String {

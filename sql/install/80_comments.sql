@@ -114,6 +114,13 @@ COMMENT ON FUNCTION bind_directives(regclass, text[], text, text, text, text, te
     'Makes a table the backlog. The first key column that is not NULL is an SD''s id. A column that is not named is looked for under its usual name; '''' means there is none. The caller must own the table.';
 COMMENT ON FUNCTION unbind_directives() IS
     'Lets the bound table go as it was and makes the extension''s own table the backlog again. Needs the operator level and the table''s ownership.';
+COMMENT ON FUNCTION assert_claim(text, text, bigint) IS
+    'Raises 55000 unless the session holds exactly this acquisition, and then keeps it held until the transaction ends: no takeover, release or reaping slips in between. Returns the claim id.';
+COMMENT ON FUNCTION guard_table(regclass, name) IS
+    'From now on rows of an SD in the table can be written only by a transaction that asserted the claim on it. The caller must own the table.';
+COMMENT ON FUNCTION unguard_table(regclass) IS 'Takes the guard off a table. The caller must own it.';
+COMMENT ON FUNCTION check_guarded_write() IS 'Trigger on a guarded table: refuses rows of SDs that the transaction has not asserted.';
+COMMENT ON FUNCTION refuse_guarded_truncate() IS 'Trigger on a guarded table: refuses TRUNCATE.';
 COMMENT ON FUNCTION complete_session_write() IS 'Trigger: makes a direct write of a session whole, or refuses it.';
 COMMENT ON FUNCTION record_claim_history() IS 'Trigger: keeps sd_claims and session_lifecycle_events.';
 COMMENT ON FUNCTION sync_is_working_on_with_session() IS 'Trigger: keeps the backlog''s is_working_on and active_session_id.';

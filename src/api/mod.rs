@@ -6,6 +6,7 @@
 mod claim;
 pub mod directive;
 mod grant;
+mod guard;
 mod heartbeat;
 pub mod lease;
 mod manager;
@@ -34,13 +35,17 @@ fn answer<T: Serialize>(outcome: Result<T, Refusal>) -> Result<JsonB> {
 
 /// A session belongs to the role that registered it: that role, or an operator, may act for it.
 fn check_may_act_for(db: &Db<'_>, session: &Session) -> Result<()> {
+    check_may_act_as(db, &session.session_id, &session.owner_role)
+}
+
+fn check_may_act_as(db: &Db<'_>, session_id: &str, owner_role: &str) -> Result<()> {
     let caller = identity::caller();
-    if caller == session.owner_role || privileges::is_operator(db, &caller)? {
+    if caller == owner_role || privileges::is_operator(db, &caller)? {
         return Ok(());
     }
     Err(ClaimError::NotSessionOwner {
-        session_id: session.session_id.clone(),
-        owner_role: session.owner_role.clone(),
+        session_id: session_id.to_owned(),
+        owner_role: owner_role.to_owned(),
         caller,
     })
 }

@@ -33,6 +33,8 @@ pub struct Owner {
     pub progress: Option<Progress>,
     /// Until when the SD is kept for it although it is stale.
     pub kept_until: Option<DateTime<Utc>>,
+    /// Whether it is stale, but has a transaction open that guards the claim.
+    pub guarded: bool,
 }
 
 /// A sign of progress, apart from the sign of life.
@@ -214,6 +216,8 @@ struct OwnerJson<'a> {
     silent_until: Option<DateTime<Utc>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     kept_until: Option<DateTime<Utc>>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    guarded: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     progress_at: Option<DateTime<Utc>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -248,6 +252,7 @@ impl Serialize for Refusal {
                     claimed_at: owner.claimed_at,
                     silent_until: owner.silent_until,
                     kept_until: owner.kept_until,
+                    guarded: owner.guarded,
                     progress_at: owner.progress.as_ref().map(|progress| progress.at),
                     progress_note: owner.progress.as_ref().and_then(|p| p.note.as_deref()),
                 });
@@ -375,6 +380,7 @@ pub(crate) mod tests {
             silent_until: None,
             progress: None,
             kept_until: None,
+            guarded: false,
         }
     }
 

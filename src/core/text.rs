@@ -15,7 +15,7 @@ pub fn message(refusal: &Refusal) -> String {
             "{sd_id} is already claimed by {} (heartbeat {}, {}host {})",
             owner.session_id,
             age::human(owner.heartbeat_age),
-            waiting(owner).map(|(name, until)| format!("{name} {until}, ")).unwrap_or_default(),
+            waiting(owner).map(|(name, what)| format!("{name} {what}, ")).unwrap_or_default(),
             told(&owner.hostname),
         ),
         Refusal::SessionNotFound { session_id } => {
@@ -112,14 +112,17 @@ fn already_claimed(sd_id: &str, owner: &Owner) -> String {
         told(&owner.hostname),
         told(&owner.tty),
     );
-    if let Some((name, until)) = waiting(owner) {
-        text.push_str(&format!("\n   {}{}: {until}", name[..1].to_uppercase(), &name[1..]));
+    if let Some((name, what)) = waiting(owner) {
+        text.push_str(&format!("\n   {}{}: {what}", name[..1].to_uppercase(), &name[1..]));
     }
     text
 }
 
-/// Why an owner that does not beat keeps the SD, and until when.
+/// Why an owner that does not beat keeps the SD all the same.
 fn waiting(owner: &Owner) -> Option<(&'static str, String)> {
+    if owner.guarded {
+        return Some(("at work", "in an open transaction".into()));
+    }
     let told = |name, until: Option<DateTime<Utc>>| {
         until.map(|until| (name, until.format("%Y-%m-%d %H:%M:%S UTC").to_string()))
     };

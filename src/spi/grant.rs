@@ -83,11 +83,19 @@ const FUNCTIONS: &[(Level, &[&str])] = &[
             "is_heartbeat_active",
             "get_heartbeat_stats",
             "force_heartbeat",
+            "assert_claim",
         ],
     ),
     (
         Level::Operator,
-        &["bind_directives", "unbind_directives", "cleanup_stale_sessions", "prune_history"],
+        &[
+            "bind_directives",
+            "unbind_directives",
+            "guard_table",
+            "unguard_table",
+            "cleanup_stale_sessions",
+            "prune_history",
+        ],
     ),
 ];
 

@@ -8,6 +8,7 @@ pub mod claim;
 pub mod directive;
 pub mod event;
 pub mod grant;
+pub mod guard;
 pub mod health;
 pub mod heartbeat;
 pub mod manager;
@@ -23,4 +24,5 @@ pub use statement::Db;
 /// Prepares the process: watches for changes that make kept plans wrong.
 pub fn init() {
     catalog::watch();
+    guard::init();
 }

@@ -3,7 +3,7 @@
 use pgrx::PgSqlErrorCode;
 use pgrx::prelude::*;
 
-use super::{Row, is_restoring, run};
+use super::{Row, Side, is_restoring, run, text_of};
 use crate::error::{ClaimError, Result};
 use crate::spi::catalog::Catalog;
 use crate::spi::directive::{self, Backlog};
@@ -114,13 +114,6 @@ fn in_use<'c>(catalog: &'c Catalog, trigger: &PgTrigger<'_>) -> Result<Option<&'
         .transpose()
 }
 
-/// Which of a trigger's two rows.
-#[derive(Clone, Copy)]
-enum Side {
-    Old,
-    New,
-}
-
 fn canonical_id(backlog: &Backlog, trigger: &PgTrigger<'_>, side: Side) -> Result<Option<String>> {
     for key in &backlog.columns.keys {
         let value = text_of(trigger, side, key)?;
@@ -139,36 +132,6 @@ fn finished_status(backlog: &Backlog, trigger: &PgTrigger<'_>) -> Result<Option<
     let status = text_of(trigger, Side::New, column)?.map(|status| status.to_lowercase());
     let terminal = &backlog.columns.terminal_statuses;
     Ok(status.filter(|status| terminal.iter().any(|terminal| terminal.to_lowercase() == *status)))
-}
-
-/// A column of any type as text.
-fn text_of(trigger: &PgTrigger<'_>, side: Side, column: &str) -> Result<Option<String>> {
-    let data = trigger.trigger_data();
-    let is_update = trigger.old().is_some() && trigger.new().is_some();
-    let tuple = match side {
-        Side::New if is_update => data.tg_newtuple,
-        Side::New | Side::Old => data.tg_trigtuple,
-    };
-    let gone = || ClaimError::ColumnGone {
-        table: trigger.table_name().unwrap_or_default(),
-        column: column.to_owned(),
-    };
-    let name = std::ffi::CString::new(column).map_err(|_| gone())?;
-    // SAFETY: in a row trigger the server gives a valid relation and tuples of its row type;
-    // SPI_getvalue returns a palloc'd, null-terminated string, or null for NULL (SPI_fnumber's
-    // error codes are not positive).
-    unsafe {
-        let descriptor = (*data.tg_relation).rd_att;
-        let number = pg_sys::SPI_fnumber(descriptor, name.as_ptr());
-        if number <= 0 {
-            return Err(gone());
-        }
-        let value = pg_sys::SPI_getvalue(tuple, descriptor, number);
-        if value.is_null() {
-            return Ok(None);
-        }
-        Ok(Some(std::ffi::CStr::from_ptr(value).to_string_lossy().into_owned()))
-    }
 }
 
 /// Under REPEATABLE READ and SERIALIZABLE a claim that was committed after the transaction's

@@ -2,12 +2,13 @@
 //! direct writes as for the functions.
 
 pub mod directive;
+pub mod guard;
 pub mod history;
 pub mod mirror;
 pub mod session;
 
 use pgrx::heap_tuple::PgHeapTuple;
-use pgrx::{AllocatedByRust, PgTrigger, WhoAllocated};
+use pgrx::{AllocatedByRust, PgTrigger, WhoAllocated, pg_sys};
 use std::convert::Infallible;
 
 use crate::error::{ClaimError, Result};
@@ -88,5 +89,42 @@ fn session_rows<'a>(
 /// pg_dump's begins by turning check_function_bodies off, which nobody else does around writes.
 fn is_restoring() -> bool {
     // SAFETY: reads a setting of this backend.
-    unsafe { !pgrx::pg_sys::check_function_bodies }
+    unsafe { !pg_sys::check_function_bodies }
+}
+
+/// Which of a trigger's two rows.
+#[derive(Clone, Copy)]
+enum Side {
+    Old,
+    New,
+}
+
+/// A column of any type as text.
+fn text_of(trigger: &PgTrigger<'_>, side: Side, column: &str) -> Result<Option<String>> {
+    let data = trigger.trigger_data();
+    let is_update = trigger.old().is_some() && trigger.new().is_some();
+    let tuple = match side {
+        Side::New if is_update => data.tg_newtuple,
+        Side::New | Side::Old => data.tg_trigtuple,
+    };
+    let gone = || ClaimError::ColumnGone {
+        table: trigger.table_name().unwrap_or_default(),
+        column: column.to_owned(),
+    };
+    let name = std::ffi::CString::new(column).map_err(|_| gone())?;
+    // SAFETY: in a row trigger the server gives a valid relation and tuples of its row type;
+    // SPI_getvalue returns a palloc'd, null-terminated string, or null for NULL (SPI_fnumber's
+    // error codes are not positive).
+    unsafe {
+        let descriptor = (*data.tg_relation).rd_att;
+        let number = pg_sys::SPI_fnumber(descriptor, name.as_ptr());
+        if number <= 0 {
+            return Err(gone());
+        }
+        let value = pg_sys::SPI_getvalue(tuple, descriptor, number);
+        if value.is_null() {
+            return Ok(None);
+        }
+        Ok(Some(std::ffi::CStr::from_ptr(value).to_string_lossy().into_owned()))
+    }
 }

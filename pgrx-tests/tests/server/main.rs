@@ -11,6 +11,7 @@ mod catching_up;
 mod claim;
 mod direct_writes;
 mod dump_restore;
+mod guard;
 mod identity;
 mod installation;
 mod isolation;

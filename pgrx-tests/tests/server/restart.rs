@@ -163,6 +163,7 @@ fn a_standby_shows_everything_writes_nothing_and_gives_grace_once_promoted() {
     let workers = "SELECT count(*) FROM pg_stat_activity WHERE backend_type LIKE 'pg_claims%'";
     assert_eq!(count(&mut standby, workers), 0);
     assert_eq!(json(&mut standby, "SELECT is_heartbeat_active()", &[])["active"], false);
+    assert_eq!(json(&mut standby, "SELECT start_heartbeat('s1')", &[])["error"], "no_worker");
     standby.batch_execute("SELECT pg_promote()").unwrap();
     wait_until("the promotion", || {
         value(&mut standby, "SELECT pg_is_in_recovery()").as_deref() == Some("false")

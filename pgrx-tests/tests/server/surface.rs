@@ -3,7 +3,9 @@
 use pg_claims_tests::TestDb;
 
 const OBJECTS: &str = "\
+function assert_claim(text,text,bigint)
 function bind_directives(regclass,text[],text,text,text,text,text,text,text,text,text,text,text[])
+function check_guarded_write()
 function claim_reclaimable_at(timestamp with time zone,timestamp with time zone,interval,timestamp with time zone)
 function claim_sd(text,text,text)
 function cleanup_stale_sessions(integer,integer)
@@ -13,6 +15,7 @@ function extend_lease(text,interval,bigint)
 function force_heartbeat(text)
 function get_heartbeat_stats()
 function grant_coordination(text,text)
+function guard_table(regclass,name)
 function heartbeat_age_human(timestamp with time zone,timestamp with time zone)
 function heartbeat_sessions(text[])
 function is_heartbeat_active()
@@ -24,6 +27,7 @@ function protect_open_claim()
 function prune_history(integer)
 function rebuild_directives_view()
 function record_claim_history()
+function refuse_guarded_truncate()
 function refuse_truncate_while_claimed()
 function register_session(text,text,text,integer,text,jsonb,interval)
 function release_finished_directive()
@@ -35,6 +39,7 @@ function start_heartbeat(text)
 function stop_heartbeat()
 function sync_is_working_on_with_session()
 function unbind_directives()
+function unguard_table(regclass)
 function update_session_heartbeat(text,bigint)
 sequence lifecycle_event_positions_position_seq
 sequence sd_claims_claim_id_seq
@@ -157,6 +162,12 @@ fn everything_has_a_comment_and_functions_pin_their_search_path() {
            JOIN pg_proc p ON d.classid = 'pg_proc'::regclass AND p.oid = d.objid
           WHERE d.deptype = 'e' AND NOT p.prosecdef ORDER BY 1",
     );
-    let touch_no_table = ["claim_reclaimable_at", "heartbeat_age_human", "lease_expires_at"];
+    let touch_no_table = [
+        "check_guarded_write",
+        "claim_reclaimable_at",
+        "heartbeat_age_human",
+        "lease_expires_at",
+        "refuse_guarded_truncate",
+    ];
     assert_eq!(invoker, touch_no_table);
 }

@@ -15,10 +15,10 @@ use super::Granting;
 use super::history;
 use super::picture::{self, Picture};
 use crate::error::{ClaimError, Result};
-use crate::spi::directive;
 use crate::spi::session::Session;
 use crate::spi::statement::{Db, Statement};
 use crate::spi::time;
+use crate::spi::{directive, guard};
 
 /// How often to look again before giving up. Each round means that another transaction has
 /// committed a change to the same SD or session since the last look, so a few suffice; only
@@ -113,8 +113,9 @@ fn judge(
         return Ok(Verdict::Refuse(Refusal::SdTerminalStatus { sd_id: sd.sd_id, status }));
     }
     let stale_owner = match picture.owner {
-        // A stale owner's SD may still be kept for it for a while.
-        Some((owner, is_stale)) if !is_stale || owner.kept_until.is_some() => {
+        // A stale owner's SD may still be kept for it for a while, and an open transaction of its own
+        // that guards the claim is a sign of life.
+        Some((owner, is_stale)) if !is_stale || owner.kept_until.is_some() || owner.guarded => {
             return Ok(Verdict::Refuse(Refusal::AlreadyClaimed { sd_id: sd.sd_id, owner }));
         }
         Some((owner, _)) => Some(owner),
@@ -135,8 +136,11 @@ fn take(
     let held = gives_up.as_ref().map(|(_, claim_id)| *claim_id);
     if let Some(owner) = &stale_owner {
         // Its own session is locked before the owner loses anything: nobody is evicted for a claim
-        // that is refused in the end.
-        if !hold_session(db, session_id, held)? || !expire(db, owner, session_id)? {
+        // that is refused in the end. A guard that was opened since the look is not waited for.
+        if !hold_session(db, session_id, held)?
+            || !guard::try_exclude(db, owner.claim_id)?
+            || !expire(db, owner, session_id)?
+        {
             return Ok(None);
         }
     }

@@ -8,6 +8,7 @@ use pgrx::pg_sys::BuiltinOid::TEXTOID;
 use crate::error::Result;
 use crate::guc;
 use crate::spi::directive;
+use crate::spi::guard;
 use crate::spi::heartbeat;
 use crate::spi::row::Row;
 use crate::spi::session::Session;
@@ -84,6 +85,7 @@ pub fn look(db: &Db<'_>, session_id: Option<&str>, sd_id: &str) -> Result<Pictur
     let owner = match row.text(11)? {
         None => None,
         Some(session_id) => {
+            let claim_id = row.required_bigint(20, "claude_sessions.claim_id")?;
             let lease = heartbeat::read_lease(&row, 12)?;
             let rules = guc::lease_rules();
             let is_stale = lease.is_stale(&rules, at);
@@ -96,12 +98,14 @@ pub fn look(db: &Db<'_>, session_id: Option<&str>, sd_id: &str) -> Result<Pictur
                 codebase: row.text(18)?,
                 track: row.text(19)?,
                 claimed_at: row.required_instant(15, "claude_sessions.claimed_at")?,
-                claim_id: row.required_bigint(20, "claude_sessions.claim_id")?,
+                claim_id,
                 silent_until: lease.announced_silence(&rules, at),
                 progress: row
                     .instant(21)?
                     .map(|at| row.text(22).map(|note| Progress { at, note }))
                     .transpose()?,
+                // Only a stale owner's guard makes a difference.
+                guarded: is_stale && guard::is_held(claim_id),
                 kept_until: (is_stale && reclaimable_at > at).then_some(reclaimable_at),
             };
             Some((owner, is_stale))

@@ -13,10 +13,10 @@ use serde_json::json;
 
 use crate::error::Result;
 use crate::guc;
-use crate::spi::directive;
 use crate::spi::event::{self, Event, EventType};
 use crate::spi::row::Row;
 use crate::spi::statement::{Db, Statement};
+use crate::spi::{directive, guard};
 
 /// When four fifths of the greatest age have passed, the audit warns.
 const WARN_AT: f64 = 0.8;
@@ -180,7 +180,11 @@ static REAP: Statement = Statement::new(
 
 /// Ends the claim if it is still due.
 fn reap(db: &Db<'_>, candidate: &Candidate, policy: Policy) -> Result<bool> {
-    if !directive::try_lock(db, &candidate.sd_id)? {
+    // An open transaction that guards the claim is a sign of life, and not waited for.
+    if guard::is_held(candidate.claim_id)
+        || !directive::try_lock(db, &candidate.sd_id)?
+        || !guard::try_exclude(db, candidate.claim_id)?
+    {
         return Ok(false);
     }
     let _reaping = Reaping::new(candidate.claim_id);

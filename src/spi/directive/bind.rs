@@ -6,7 +6,7 @@ use super::backlog::Backlog;
 use super::columns::Columns;
 use super::table::TableFacts;
 use super::{attach, mirror};
-use crate::error::{ClaimError, Result};
+use crate::error::{ClaimError, Purpose, Result};
 use crate::identity;
 use crate::spi::statement::{Db, required};
 use crate::spi::time;
@@ -31,9 +31,9 @@ pub struct Bound {
 pub fn bind(db: &Db<'_>, table: pg_sys::Oid, asked: Columns) -> Result<Bound> {
     // The owner first: a stranger could lock any table otherwise. What was read before the lock may
     // have changed until it was granted, so all is read again.
-    TableFacts::read(db, table)?.check_owner(db)?;
+    TableFacts::read(db, table, Purpose::Bind)?.check_owner(db)?;
     exclude_others(db, Some(table))?;
-    let facts = TableFacts::read(db, table)?;
+    let facts = TableFacts::read(db, table, Purpose::Bind)?;
     facts.check_owner(db)?;
     facts.check_kind(db)?;
     let columns = facts.columns(asked)?;
@@ -97,7 +97,7 @@ fn let_go(db: &Db<'_>) -> Result<Option<String>> {
         clear_mirror(db)?;
         return Ok(None);
     };
-    TableFacts::read(db, table)?.check_owner(db)?;
+    TableFacts::read(db, table, Purpose::Bind)?.check_owner(db)?;
     let backlog = Backlog::of(db, table, columns)?;
     // With a column renamed there is no telling where the mirror is; the triggers go all the same.
     if backlog.usable().is_ok() {

@@ -4,6 +4,7 @@ mod attach;
 mod backlog;
 mod bind;
 mod columns;
+mod guarded;
 mod mirror;
 mod table;
 
@@ -11,4 +12,5 @@ pub use attach::{attach_own, rebuild_view};
 pub use backlog::{Backlog, resolve};
 pub use bind::{bind, unbind};
 pub use columns::Columns;
+pub use guarded::{guard_table, unguard_table};
 pub use mirror::{lock, sync, target, title, try_lock};

@@ -4,13 +4,14 @@ use pgrx::{PgSqlErrorCode, pg_sys};
 
 use super::backlog::Backlog;
 use super::columns::Columns;
-use crate::error::{ClaimError, Result};
+use crate::error::{ClaimError, Purpose, Result};
 use crate::identity;
 use crate::spi::row::Row;
 use crate::spi::statement::{Db, required};
 
 /// What the server knows of a table.
 pub struct TableFacts {
+    purpose: Purpose,
     oid: pg_sys::Oid,
     name: String,
     schema: String,
@@ -22,7 +23,8 @@ pub struct TableFacts {
 }
 
 impl TableFacts {
-    pub fn read(db: &Db<'_>, oid: pg_sys::Oid) -> Result<Self> {
+    /// What the server knows of a table that is to be used for `purpose`.
+    pub fn read(db: &Db<'_>, oid: pg_sys::Oid, purpose: Purpose) -> Result<Self> {
         let rows = db.run_once(
             "SELECT pg_catalog.format('%I.%I', n.nspname, c.relname), c.relkind::text,
                     pg_catalog.pg_get_userbyid(c.relowner)::text, pg_catalog.quote_ident(n.nspname)
@@ -74,7 +76,18 @@ impl TableFacts {
         )? {
             unique.extend(row.get::<String>(1)?);
         }
-        Ok(Self { oid, name, schema, kind, owner, columns, unique })
+        Ok(Self { purpose, oid, name, schema, kind, owner, columns, unique })
+    }
+
+    /// Its schema-qualified name, quoted.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// A table whose rows are of the SDs that `column` names.
+    pub fn check_can_be_guarded(&self, db: &Db<'_>, column: &str) -> Result<()> {
+        self.check_kind(db)?;
+        self.expect_of(column, |c| is_key(&c.sql_type), "text, varchar, uuid or an integer")
     }
 
     pub fn check_owner(&self, db: &Db<'_>) -> Result<()> {
@@ -111,8 +124,8 @@ impl TableFacts {
         }
         Err(self.refuse(
             PgSqlErrorCode::ERRCODE_WRONG_OBJECT_TYPE,
-            "Only an ordinary table, or a partitioned one without foreign partitions, can be the backlog, and none of the extension's own.".into(),
-            "Bind the table itself rather than a view of it; unbind_directives() returns to the extension's own.",
+            "Only an ordinary table, or a partitioned one without foreign partitions, will do, and none of the extension's own.".into(),
+            "Name the table itself rather than a view of it; unbind_directives() returns to the extension's own backlog.",
         ))
     }
 
@@ -269,7 +282,13 @@ impl TableFacts {
     }
 
     fn refuse(&self, code: PgSqlErrorCode, detail: String, hint: &str) -> ClaimError {
-        ClaimError::CannotBind { code, table: self.name.clone(), detail, hint: hint.into() }
+        ClaimError::UnfitTable {
+            code,
+            purpose: self.purpose,
+            table: self.name.clone(),
+            detail,
+            hint: hint.into(),
+        }
     }
 }
 

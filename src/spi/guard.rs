@@ -1,0 +1,187 @@
+//! The guard: holding a claim until the transaction ends.
+//!
+//! A guard locks the acquisition's row in sd_claims, which whoever ends the claim must write: a
+//! takeover, a release, the reaper, the completion of the SD. Heartbeats, views and refusals do not
+//! touch that row.
+//!
+//! It also takes an advisory lock, by which others see it without waiting: a claim that meets an open
+//! guard is refused, as an open transaction is a sign of life.
+
+use std::cell::{Cell, RefCell};
+use std::ffi::c_void;
+
+use chrono::{DateTime, Utc};
+use pgrx::pg_sys;
+use pgrx::pg_sys::BuiltinOid::INT8OID;
+
+use super::row::Row;
+use super::statement::{Db, Statement};
+use crate::error::Result;
+
+/// Sets these locks apart from those of `pg_advisory_lock`, which use 1 and 2.
+const LOCK_CLASS: u16 = 3;
+
+fn tag_of(claim_id: i64) -> pg_sys::LOCKTAG {
+    // SAFETY: the database's id is set before any statement runs, and never changes.
+    let database = unsafe { pg_sys::MyDatabaseId };
+    pg_sys::LOCKTAG {
+        locktag_field1: database.to_u32(),
+        locktag_field2: (claim_id >> 32) as u32,
+        locktag_field3: claim_id as u32,
+        locktag_field4: LOCK_CLASS,
+        locktag_type: pg_sys::LockTagType::LOCKTAG_ADVISORY as u8,
+        locktag_lockmethodid: pg_sys::USER_LOCKMETHOD as u8,
+    }
+}
+
+/// Whether another transaction holds a guard on the acquisition. Waits for nobody.
+pub fn is_held(claim_id: i64) -> bool {
+    let tag = tag_of(claim_id);
+    // Conflicts with a guard's mode, but not with another look.
+    let mode = pg_sys::RowExclusiveLock as i32;
+    // SAFETY: not waited for; released at once if it was granted.
+    unsafe {
+        if pg_sys::LockAcquire(&tag, mode, true, true)
+            == pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL
+        {
+            return true;
+        }
+        pg_sys::LockRelease(&tag, mode, true);
+    }
+    false
+}
+
+/// An acquisition as its guard found it.
+#[derive(Debug)]
+pub struct Acquisition {
+    pub sd_id: String,
+    pub session_id: String,
+    pub owner_role: Option<String>,
+    pub released_at: Option<DateTime<Utc>>,
+    pub release_reason: Option<String>,
+}
+
+// Waits for whoever is ending the claim, and then sees that it has ended.
+static HOLD: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT h.sd_id, h.session_id, s.owner_role::text, h.released_at, h.release_reason
+               FROM {x}.sd_claims h
+               LEFT JOIN {x}.claude_sessions s ON s.session_id = h.session_id
+              WHERE h.claim_id = $1 FOR SHARE OF h",
+            x = c.schema
+        )
+    },
+    &[INT8OID],
+);
+
+/// Locks the acquisition until the transaction ends. `None` when there never was one of that id.
+pub fn hold(db: &Db<'_>, claim_id: i64) -> Result<Option<Acquisition>> {
+    // SAFETY: waits at most for a look of somebody else's; may raise an error, which unwinds as usual.
+    unsafe {
+        pg_sys::LockAcquire(&tag_of(claim_id), pg_sys::ShareLock as i32, false, false);
+    }
+    let Some(row) = db.first_row(&HOLD, &[claim_id.into()])? else {
+        return Ok(None);
+    };
+    Ok(Some(Acquisition {
+        sd_id: row.required_text(1, "sd_claims.sd_id")?,
+        session_id: row.required_text(2, "sd_claims.session_id")?,
+        owner_role: row.text(3)?,
+        released_at: row.instant(4)?,
+        release_reason: row.text(5)?,
+    }))
+}
+
+static TRY_HOLD: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT 1 FROM {}.sd_claims WHERE claim_id = $1 FOR NO KEY UPDATE SKIP LOCKED",
+            c.schema
+        )
+    },
+    &[INT8OID],
+);
+
+static EXISTS: Statement = Statement::new(
+    |c| format!("SELECT 1 FROM {}.sd_claims WHERE claim_id = $1", c.schema),
+    &[INT8OID],
+);
+
+/// Locks an acquisition that is to be ended, unless a guard holds it: then false. One that is not
+/// there, after triggers were disabled, cannot be guarded.
+pub fn try_exclude(db: &Db<'_>, claim_id: i64) -> Result<bool> {
+    Ok(db.first_row(&TRY_HOLD, &[claim_id.into()])?.is_some()
+        || db.first_row(&EXISTS, &[claim_id.into()])?.is_none())
+}
+
+/// A claim that this transaction has asserted.
+struct Asserted {
+    sd_id: String,
+    /// The subtransaction that did; its rollback takes the guard's locks along.
+    within: pg_sys::SubTransactionId,
+}
+
+thread_local! {
+    static ASSERTED: RefCell<Vec<Asserted>> = const { RefCell::new(Vec::new()) };
+    /// Whether there may be anything to forget when a transaction ends.
+    static IS_USED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Asks the server to tell how transactions and subtransactions end.
+pub(super) fn init() {
+    // SAFETY: runs once per process; the callbacks live as long as the library.
+    unsafe {
+        pg_sys::RegisterXactCallback(Some(transaction_ends), std::ptr::null_mut());
+        pg_sys::RegisterSubXactCallback(Some(subtransaction_ends), std::ptr::null_mut());
+    }
+}
+
+/// Lets this transaction write rows of the SD in guarded tables.
+pub fn remember(sd_id: &str) {
+    // SAFETY: reads a variable of this process's.
+    let within = unsafe { pg_sys::GetCurrentSubTransactionId() };
+    IS_USED.set(true);
+    ASSERTED.with_borrow_mut(|asserted| {
+        if !asserted.iter().any(|known| known.sd_id == sd_id) {
+            asserted.push(Asserted { sd_id: sd_id.to_owned(), within });
+        }
+    });
+}
+
+/// Whether this transaction has asserted a claim on the SD.
+pub fn is_asserted(sd_id: &str) -> bool {
+    IS_USED.get()
+        && ASSERTED.with_borrow(|asserted| asserted.iter().any(|known| known.sd_id == sd_id))
+}
+
+// Neither may fail: a transaction that is ending cannot be rolled back any more.
+unsafe extern "C-unwind" fn transaction_ends(event: pg_sys::XactEvent::Type, _: *mut c_void) {
+    use pg_sys::XactEvent::{XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PREPARE};
+    if IS_USED.get() && [XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PREPARE].contains(&event) {
+        IS_USED.set(false);
+        ASSERTED.with_borrow_mut(Vec::clear);
+    }
+}
+
+unsafe extern "C-unwind" fn subtransaction_ends(
+    event: pg_sys::SubXactEvent::Type,
+    ended: pg_sys::SubTransactionId,
+    parent: pg_sys::SubTransactionId,
+    _: *mut c_void,
+) {
+    if !IS_USED.get() {
+        return;
+    }
+    ASSERTED.with_borrow_mut(|asserted| match event {
+        pg_sys::SubXactEvent::SUBXACT_EVENT_ABORT_SUB => {
+            asserted.retain(|known| known.within != ended);
+        }
+        pg_sys::SubXactEvent::SUBXACT_EVENT_COMMIT_SUB => {
+            for known in asserted.iter_mut().filter(|known| known.within == ended) {
+                known.within = parent;
+            }
+        }
+        _ => {}
+    });
+}

@@ -1,0 +1,47 @@
+//! The triggers on guarded tables.
+
+use pgrx::prelude::*;
+
+use super::{Row, Side, run, text_of};
+use crate::error::{ClaimError, Result};
+use crate::spi::{directive, guard};
+
+/// A row of an SD can be written only by a transaction that has asserted the claim on it. Looks at
+/// what this process remembers, and runs no statement.
+#[pg_trigger]
+pub fn check_guarded_write<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
+    run(|| {
+        let arguments = trigger.extra_args()?;
+        let [column] = arguments.as_slice() else {
+            return Err(ClaimError::Corrupt { what: "the guard's argument" });
+        };
+        let (old, new) = (trigger.old(), trigger.new());
+        if old.is_some() {
+            check(trigger, Side::Old, column)?;
+        }
+        if new.is_some() {
+            check(trigger, Side::New, column)?;
+        }
+        Ok(new.or(old).map(|tuple| tuple.into_owned()))
+    })
+}
+
+fn check(trigger: &PgTrigger<'_>, side: Side, column: &str) -> Result<()> {
+    match text_of(trigger, side, column)? {
+        // A row of no SD.
+        None => Ok(()),
+        Some(sd_id) if guard::is_asserted(&sd_id) || is_mirror_write(&sd_id) => Ok(()),
+        Some(sd_id) => Err(ClaimError::Unguarded { sd_id, table: trigger.table_name()? }),
+    }
+}
+
+/// Where the guarded table is the backlog itself: the extension's own write of who works on the SD.
+fn is_mirror_write(sd_id: &str) -> bool {
+    directive::target().is_some_and(|target| target.sd_id == sd_id)
+}
+
+/// No row trigger sees a TRUNCATE.
+#[pg_trigger]
+pub fn refuse_guarded_truncate<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
+    run(|| Err(ClaimError::GuardedTruncate { table: trigger.table_name()? }))
+}
