@@ -8,6 +8,8 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgLogLevel, PgSqlErrorCode};
 use thiserror::Error;
 
+use crate::identity::Role;
+
 /// The result of everything that can fail inside the extension.
 pub type Result<T, E = ClaimError> = std::result::Result<T, E>;
 
@@ -56,10 +58,13 @@ pub enum ClaimError {
         /// The session.
         session_id: String,
         /// The role that registered it.
-        owner_role: String,
+        owner_role: Role,
         /// The role that calls.
-        caller: String,
+        caller: Role,
     },
+    /// Whoever calls cannot be told.
+    #[error("cannot act for a session within a security-restricted operation")]
+    Restricted,
     /// The claim that a transaction relies on is not held.
     #[error("session \"{session_id}\" does not hold claim {claim_id} on SD \"{sd_id}\"")]
     ClaimNotHeld {
@@ -98,7 +103,7 @@ pub enum ClaimError {
         /// The table.
         table: String,
         /// The role that calls.
-        caller: String,
+        caller: Role,
     },
     /// A direct write would leave half a claim or a lie in the mirrors.
     #[error("{message}")]
@@ -146,6 +151,12 @@ pub enum ClaimError {
         /// The SD.
         sd_id: String,
     },
+    /// A trigger of the user's has ended the claim while it was being made.
+    #[error("a trigger released SD \"{sd_id}\" while it was being claimed")]
+    Undone {
+        /// The SD.
+        sd_id: String,
+    },
     /// A decision needs to see what others have committed by now.
     #[error("cannot {what} in a REPEATABLE READ or SERIALIZABLE transaction")]
     NeedsReadCommitted {
@@ -190,13 +201,15 @@ impl ClaimError {
             Self::InvalidId { .. } | Self::InvalidArgument { .. } => {
                 PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE
             }
-            Self::NotSessionOwner { .. } | Self::NotTableOwner { .. } => {
+            Self::NotSessionOwner { .. } | Self::NotTableOwner { .. } | Self::Restricted => {
                 PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE
             }
             Self::DirectWrite { code, .. } | Self::UnfitTable { code, .. } => *code,
             Self::BacklogInUse { .. } => PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
             Self::ColumnGone { .. } => PgSqlErrorCode::ERRCODE_UNDEFINED_COLUMN,
-            Self::MirrorRefused { .. } => PgSqlErrorCode::ERRCODE_TRIGGERED_ACTION_EXCEPTION,
+            Self::MirrorRefused { .. } | Self::Undone { .. } => {
+                PgSqlErrorCode::ERRCODE_TRIGGERED_ACTION_EXCEPTION
+            }
             Self::NeedsReadCommitted { .. } => PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
             Self::ClaimNotHeld { .. }
             | Self::Unguarded { .. }
@@ -215,11 +228,16 @@ impl ClaimError {
     fn detail(&self) -> Option<String> {
         match self {
             Self::NotSessionOwner { owner_role, caller, .. } => Some(format!(
-                "The session belongs to role \"{owner_role}\"; the caller is role \"{caller}\"."
+                "The session belongs to role \"{}\"; the caller is role \"{}\".",
+                owner_role.name(),
+                caller.name()
             )),
             Self::NotTableOwner { caller, .. } => {
-                Some(format!("Role \"{caller}\" does not own the table."))
+                Some(format!("Role \"{}\" does not own the table.", caller.name()))
             }
+            Self::Restricted => Some(
+                "The server runs code of a user's for somebody else, such as a function in an index while that is being built or analysed.".into(),
+            ),
             Self::ClaimNotHeld { detail, .. } => Some(detail.clone()),
             Self::Unguarded { .. } => Some("This transaction has not asserted the claim.".into()),
             Self::GuardedTruncate { .. } => {
@@ -245,7 +263,9 @@ impl ClaimError {
             )),
             Self::InvalidArgument { hint, .. } => hint.clone(),
             Self::NotSessionOwner { owner_role, caller, .. } => Some(format!(
-                "Call as \"{owner_role}\", or have a superuser run grant_coordination('{caller}', 'operator')."
+                "Call as \"{}\", or have a superuser run grant_coordination('{}', 'operator').",
+                owner_role.name(),
+                caller.name()
             )),
             Self::NotTableOwner { .. } => {
                 Some("Call as the table's owner or as a superuser.".into())
@@ -269,6 +289,9 @@ impl ClaimError {
             }
             Self::MirrorRefused { .. } => {
                 Some("Let the backlog's BEFORE triggers pass updates of these two columns.".into())
+            }
+            Self::Undone { .. } => {
+                Some("Let the triggers on the backlog leave claims alone that are just being made.".into())
             }
             Self::NeedsReadCommitted { .. } => {
                 Some("Use READ COMMITTED, which sees the claims that others commit meanwhile.".into())

@@ -3,20 +3,55 @@
 //! The functions are SECURITY DEFINER, so `current_user` is the extension's owner inside them. The
 //! caller is the outer role: the login role, or the one that it chose with SET ROLE.
 
+use std::cell::Cell;
+
 use pgrx::pg_sys;
 
-/// The calling role's name.
-pub fn caller() -> String {
-    // SAFETY: GetOuterUserId has no preconditions in a transaction; with `noerr` false
-    // GetUserNameFromId returns a palloc'd, null-terminated string or raises an error.
+use crate::error::{ClaimError, Result};
+
+/// A role: by its number, as a name may be given to another one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Role(pub pg_sys::Oid);
+
+impl Role {
+    /// Its present name; its number if it has been dropped.
+    pub fn name(self) -> String {
+        // SAFETY: with `noerr` true GetUserNameFromId returns a palloc'd, null-terminated string, or
+        // null for an unknown role.
+        unsafe {
+            let name = pg_sys::GetUserNameFromId(self.0, true);
+            if name.is_null() {
+                return self.0.to_u32().to_string();
+            }
+            std::ffi::CStr::from_ptr(name).to_string_lossy().into_owned()
+        }
+    }
+}
+
+thread_local! {
+    /// The backlog's owner, while its triggers may be running.
+    static ACTING: Cell<Option<pg_sys::Oid>> = const { Cell::new(None) };
+}
+
+/// The calling role.
+///
+/// Code that a backlog's owner has put on the table calls as that owner, whoever has set it off.
+/// Where the server runs code of users' for somebody else, such as a function in an index while
+/// that is being built or analysed, the outer role is not the caller, and there is no telling who
+/// is: then this is an error.
+pub fn caller() -> Result<Role> {
+    // SAFETY: neither has preconditions in a transaction.
     unsafe {
-        let name = pg_sys::GetUserNameFromId(pg_sys::GetOuterUserId(), false);
-        std::ffi::CStr::from_ptr(name).to_string_lossy().into_owned()
+        if pg_sys::InSecurityRestrictedOperation() {
+            return Err(ClaimError::Restricted);
+        }
+        Ok(Role(ACTING.get().unwrap_or_else(|| pg_sys::GetOuterUserId())))
     }
 }
 
 /// Acts as another role until it is dropped.
 pub struct ActingAs {
+    acting: Option<pg_sys::Oid>,
     role: pg_sys::Oid,
     context: i32,
     settings: i32,
@@ -57,13 +92,15 @@ impl ActingAs {
                     | pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32
                     | pg_sys::SECURITY_NOFORCE_RLS as i32,
             );
-            Self { role: previous, context, settings }
+            let acting = ACTING.replace(Some(role));
+            Self { acting, role: previous, context, settings }
         }
     }
 }
 
 impl Drop for ActingAs {
     fn drop(&mut self) {
+        ACTING.set(self.acting);
         // SAFETY: puts back what `table_owner` found. After an error the abort of the transaction or
         // savepoint puts the settings back itself.
         unsafe {

@@ -28,7 +28,7 @@ CREATE TABLE claude_sessions (
     updated_at     timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
     claim_id       bigint,
     silent_until   timestamptz,
-    owner_role     name        NOT NULL DEFAULT CURRENT_USER,
+    owner_role     regrole     NOT NULL DEFAULT pg_catalog.quote_ident(CURRENT_USER)::regrole,
     released_at    timestamptz,
     release_reason text,
     lost_claim_id  bigint,

@@ -20,11 +20,12 @@ CREATE TRIGGER sync_is_working_on_trigger
     ON claude_sessions
     FOR EACH ROW EXECUTE FUNCTION sync_is_working_on_with_session();
 
--- The claim history is derived: an open acquisition begins and ends with its session's row only.
--- pg_trigger_depth() leaves out what the triggers above write.
+-- The claim history is derived: an acquisition begins and ends with its session's row only; one that
+-- has ended may be corrected or removed by hand. pg_trigger_depth() leaves out what the triggers above
+-- write.
 CREATE TRIGGER sd_claims_protect_insert_trigger
     BEFORE INSERT ON sd_claims
-    FOR EACH ROW WHEN (pg_catalog.pg_trigger_depth() = 0 AND NEW.released_at IS NULL)
+    FOR EACH ROW WHEN (pg_catalog.pg_trigger_depth() = 0)
     EXECUTE FUNCTION protect_open_claim();
 
 CREATE TRIGGER sd_claims_protect_update_trigger

@@ -93,7 +93,7 @@ fn release(
         return Ok(Err(Refusal::NoClaim { session_id: session_id.into() }));
     };
     directive::lock(db, vec![sd_id.clone()])?;
-    let unasked = identity::caller() != found.owner_role;
+    let unasked = identity::caller()? != found.owner_role;
     Ok(match session::let_go(db, session_id, claim_id, reason, unasked)? {
         Some(released_at) => Ok(Released {
             success: true,

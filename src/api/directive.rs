@@ -63,7 +63,10 @@ fn bind_directives(
         created_at: p_created_at_column,
         is_working_on: p_is_working_on_column,
         active_session_id: p_active_session_id_column,
-        terminal_statuses: p_terminal_statuses.unwrap_or_default().into_iter().flatten().collect(),
+        terminal_statuses: match p_terminal_statuses {
+            Some(statuses) => statuses.into_iter().flatten().collect(),
+            None => Columns::own().terminal_statuses,
+        },
     };
     Ok(Db::connect(|db| answer(Ok(directive::bind(db, table, asked)?)))?)
 }

@@ -40,7 +40,7 @@ fn assert_held(db: &Db<'_>, sd_id: &str, session_id: &str, claim_id: i64) -> Res
         return Err(refused(format!("There never was a claim {claim_id}.")));
     };
     // Whose it is comes before what became of it: that is not for everybody to know.
-    if let Some(owner_role) = &found.owner_role {
+    if let Some(owner_role) = found.owner_role {
         check_may_act_as(db, &found.session_id, owner_role)?;
     }
     if found.session_id != session_id || !is_one_sd(db, &found.sd_id, sd_id)? {

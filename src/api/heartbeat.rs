@@ -33,13 +33,13 @@ fn update_session_heartbeat(
 pub fn beat(db: &Db<'_>, session_id: &str, named: Option<i64>) -> Result<Result<Beat, Refusal>> {
     shared::note_acting_for(session_id);
     // One statement where all is well; only its failure asks why.
-    let mut beaten = heartbeat::beat(db, session_id, &identity::caller(), named)?;
+    let mut beaten = heartbeat::beat(db, session_id, identity::caller()?, named)?;
     if beaten.is_none() {
         let Some(found) = session::find(db, session_id)? else {
             return Ok(Err(Refusal::SessionNotFound { session_id: session_id.into() }));
         };
         check_may_act_for(db, &found)?;
-        beaten = heartbeat::beat(db, session_id, &found.owner_role, named)?;
+        beaten = heartbeat::beat(db, session_id, found.owner_role, named)?;
     }
     match beaten {
         Some((beat, lost)) => Ok(Ok(with_lost_claim(db, beat, lost)?)),

@@ -19,7 +19,7 @@ use pgrx::JsonB;
 use serde::Serialize;
 
 use crate::error::{ClaimError, Result};
-use crate::identity;
+use crate::identity::{self, Role};
 use crate::spi::Db;
 use crate::spi::grant as privileges;
 use crate::spi::heartbeat::first_not_of;
@@ -35,26 +35,22 @@ fn answer<T: Serialize>(outcome: Result<T, Refusal>) -> Result<JsonB> {
 
 /// A session belongs to the role that registered it: that role, or an operator, may act for it.
 fn check_may_act_for(db: &Db<'_>, session: &Session) -> Result<()> {
-    check_may_act_as(db, &session.session_id, &session.owner_role)
+    check_may_act_as(db, &session.session_id, session.owner_role)
 }
 
-fn check_may_act_as(db: &Db<'_>, session_id: &str, owner_role: &str) -> Result<()> {
-    let caller = identity::caller();
-    if caller == owner_role || privileges::is_operator(db, &caller)? {
+fn check_may_act_as(db: &Db<'_>, session_id: &str, owner_role: Role) -> Result<()> {
+    let caller = identity::caller()?;
+    if caller == owner_role || privileges::is_operator(db, caller)? {
         return Ok(());
     }
-    Err(ClaimError::NotSessionOwner {
-        session_id: session_id.to_owned(),
-        owner_role: owner_role.to_owned(),
-        caller,
-    })
+    Err(ClaimError::NotSessionOwner { session_id: session_id.to_owned(), owner_role, caller })
 }
 
 /// The same for many sessions at once; an id that no session has is nobody's.
 fn may_act_for_all(db: &Db<'_>, session_ids: &[String]) -> Result<()> {
-    let caller = identity::caller();
-    match first_not_of(db, session_ids, &caller)? {
-        Some((session_id, owner_role)) if !privileges::is_operator(db, &caller)? => {
+    let caller = identity::caller()?;
+    match first_not_of(db, session_ids, caller)? {
+        Some((session_id, owner_role)) if !privileges::is_operator(db, caller)? => {
             Err(ClaimError::NotSessionOwner { session_id, owner_role, caller })
         }
         _ => Ok(()),

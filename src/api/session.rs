@@ -70,22 +70,21 @@ fn checked_lease(stale_after: Option<Interval>) -> Result<Option<Interval>> {
 }
 
 fn register(db: &Db<'_>, registration: Registration<'_>) -> Result<JsonB> {
-    let caller = identity::caller();
+    let caller = identity::caller()?;
     let session_id = registration.session_id.to_owned();
     shared::note_acting_for(&session_id);
     let before = session::find(db, &session_id)?;
     let is_others = before.as_ref().is_some_and(|session| session.owner_role != caller);
-    let privileged = is_others && grant::is_operator(db, &caller)?;
-    match session::register(db, registration, &caller, privileged)? {
+    let privileged = is_others && grant::is_operator(db, caller)?;
+    match session::register(db, registration, caller, privileged)? {
         Some(mut state) => {
             state.resumed = before.filter(|session| session.is_released()).map(|_| true);
             answer(Ok(state))
         }
         None => {
             // The row is another role's; it may have come since it was looked for.
-            let owner_role = session::find(db, &session_id)?
-                .map(|session| session.owner_role)
-                .unwrap_or_default();
+            let owner_role =
+                session::find(db, &session_id)?.map_or(caller, |session| session.owner_role);
             Err(ClaimError::NotSessionOwner { session_id, owner_role, caller })
         }
     }
@@ -120,7 +119,8 @@ fn end(db: &Db<'_>, session_id: &str, reason: &str) -> Result<JsonB> {
         if let Some(sd_id) = &sd_id {
             directive::lock(db, vec![sd_id.clone()])?;
         }
-        if let Some(mut state) = session::end(db, session_id, claim_id, reason)? {
+        let unasked = identity::caller()? != found.owner_role;
+        if let Some(mut state) = session::end(db, session_id, claim_id, reason, unasked)? {
             state.released_sd = sd_id;
             manager::forget_session(db, session_id)?;
             return answer(Ok(state));

@@ -98,14 +98,26 @@ fn adopt(catalog: Catalog) -> Rc<Catalog> {
     catalog
 }
 
-/// Takes the lock that a change of the backlog excludes, and learns of a change that was waited
-/// for. Held until the transaction ends, as every writer of a table holds its lock.
-pub fn lock_history(db: &Db<'_>) -> Result<()> {
-    let history = db.catalog()?.sd_claims;
-    // SAFETY: locks a relation by its id; waits like any statement and may raise an error, which
-    // unwinds as usual. An id that is gone is locked without harm.
-    unsafe { pg_sys::LockRelationOid(history, pg_sys::RowExclusiveLock as i32) };
-    Ok(())
+/// Takes the locks that a change of the backlog excludes, and learns of a change that was waited
+/// for. Held until the transaction ends, as every writer of a table holds its lock. First the
+/// backlog, then the claims, which is the order of a change of the backlog and of whoever finishes
+/// an SD.
+pub fn lock_backlog(db: &Db<'_>) -> Result<()> {
+    loop {
+        let catalog = db.catalog()?;
+        let backlog = catalog.backlog.as_ref().map(|backlog| backlog.table_oid);
+        // SAFETY: locks relations by their ids; waits like any statement and may raise an error,
+        // which unwinds as usual. An id that is gone is locked without harm.
+        unsafe {
+            if let Some(backlog) = backlog {
+                pg_sys::LockRelationOid(backlog, pg_sys::RowShareLock as i32);
+            }
+            pg_sys::LockRelationOid(catalog.sd_claims, pg_sys::RowExclusiveLock as i32);
+        }
+        if db.catalog()?.backlog.as_ref().map(|backlog| backlog.table_oid) == backlog {
+            return Ok(());
+        }
+    }
 }
 
 fn read(db: &Db<'_>) -> Result<Catalog> {
@@ -120,7 +132,11 @@ fn read(db: &Db<'_>) -> Result<Catalog> {
                     ON d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.objid = c.oid
                    AND d.refclassid = 'pg_catalog.pg_extension'::pg_catalog.regclass
                    AND d.refobjid = e.oid AND d.deptype = 'e'
-                 WHERE c.relnamespace = n.oid AND c.relname = 'strategic_directives_v2')
+                 WHERE c.relnamespace = n.oid AND c.relkind = 'r'
+                   -- By its trigger, should it have been renamed; which it has not at installation.
+                   AND (c.relname = 'strategic_directives_v2'
+                        OR EXISTS (SELECT FROM pg_catalog.pg_trigger t
+                                    WHERE t.tgrelid = c.oid AND t.tgname = 'pg_claims_finished')))
           FROM pg_catalog.pg_extension e
           JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace
          WHERE e.extname = 'pg_claims'";

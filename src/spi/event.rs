@@ -77,7 +77,7 @@ pub fn record(db: &Db<'_>, event: Event<'_>) -> Result<()> {
             event.session_id.into(),
             event.sd_id.into(),
             event.claim_id.into(),
-            identity::caller().into(),
+            identity::caller()?.name().into(),
             event.reason.into(),
             event.held.map(pg_claims_core::age::seconds).into(),
             JsonB(event.detail).into(),

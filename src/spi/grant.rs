@@ -1,10 +1,11 @@
 //! Who may do what: privileges on the extension's objects.
 
-use pgrx::pg_sys::BuiltinOid::TEXTOID;
+use pgrx::pg_sys::BuiltinOid::OIDOID;
 
 use super::row::Row;
 use super::statement::{Db, Statement};
 use crate::error::{ClaimError, Result};
+use crate::identity::Role;
 
 /// How much of the coordination a role may do; each level includes those before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -104,8 +105,10 @@ pub fn set_level(db: &Db<'_>, role: &str, level: Level) -> Result<()> {
     let schema = db.catalog()?.schema.clone();
     let role = quoted_role(db, role)?;
     let change = |privilege: &str, kind: &str, object: &str, granted: bool| -> Result<()> {
-        let (verb, to) = if granted { ("GRANT", "TO") } else { ("REVOKE", "FROM") };
-        db.run_once(&format!("{verb} {privilege} ON {kind} {object} {to} {role}"), &[])?;
+        // What the role has passed on goes as well.
+        let (verb, to, rest) =
+            if granted { ("GRANT", "TO", "") } else { ("REVOKE", "FROM", " CASCADE") };
+        db.run_once(&format!("{verb} {privilege} ON {kind} {object} {to} {role}{rest}"), &[])?;
         Ok(())
     };
     // The schema is left usable on 'none': it may be public, or hold more than this extension.
@@ -151,14 +154,14 @@ fn quoted_role(db: &Db<'_>, role: &str) -> Result<String> {
 static IS_OPERATOR: Statement = Statement::new(
     |c| {
         format!(
-            "SELECT pg_catalog.has_function_privilege($1::name, '{}.unbind_directives()', 'EXECUTE')",
+            "SELECT pg_catalog.has_function_privilege($1, '{}.unbind_directives()', 'EXECUTE')",
             c.schema.replace('\'', "''")
         )
     },
-    &[TEXTOID],
+    &[OIDOID],
 );
 
 /// Whether `role` may act for every session. Superusers may.
-pub fn is_operator(db: &Db<'_>, role: &str) -> Result<bool> {
-    db.run(&IS_OPERATOR, &[role.into()])?.first().flag(1)
+pub fn is_operator(db: &Db<'_>, role: Role) -> Result<bool> {
+    db.run(&IS_OPERATOR, &[role.0.into()])?.first().flag(1)
 }

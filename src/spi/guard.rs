@@ -17,6 +17,7 @@ use pgrx::pg_sys::BuiltinOid::INT8OID;
 use super::row::Row;
 use super::statement::{Db, Statement};
 use crate::error::Result;
+use crate::identity::Role;
 
 /// Sets these locks apart from those of `pg_advisory_lock`, which use 1 and 2.
 const LOCK_CLASS: u16 = 3;
@@ -56,7 +57,7 @@ pub fn is_held(claim_id: i64) -> bool {
 pub struct Acquisition {
     pub sd_id: String,
     pub session_id: String,
-    pub owner_role: Option<String>,
+    pub owner_role: Option<Role>,
     pub released_at: Option<DateTime<Utc>>,
     pub release_reason: Option<String>,
 }
@@ -65,7 +66,7 @@ pub struct Acquisition {
 static HOLD: Statement = Statement::new(
     |c| {
         format!(
-            "SELECT h.sd_id, h.session_id, s.owner_role::text, h.released_at, h.release_reason
+            "SELECT h.sd_id, h.session_id, s.owner_role::oid, h.released_at, h.release_reason
                FROM {x}.sd_claims h
                LEFT JOIN {x}.claude_sessions s ON s.session_id = h.session_id
               WHERE h.claim_id = $1 FOR SHARE OF h",
@@ -87,7 +88,7 @@ pub fn hold(db: &Db<'_>, claim_id: i64) -> Result<Option<Acquisition>> {
     Ok(Some(Acquisition {
         sd_id: row.required_text(1, "sd_claims.sd_id")?,
         session_id: row.required_text(2, "sd_claims.session_id")?,
-        owner_role: row.text(3)?,
+        owner_role: row.get(3)?.map(Role),
         released_at: row.instant(4)?,
         release_reason: row.text(5)?,
     }))
@@ -102,6 +103,18 @@ static TRY_HOLD: Statement = Statement::new(
     },
     &[INT8OID],
 );
+
+static EXCLUDE: Statement = Statement::new(
+    |c| format!("SELECT 1 FROM {}.sd_claims WHERE claim_id = $1 FOR NO KEY UPDATE", c.schema),
+    &[INT8OID],
+);
+
+/// Locks an acquisition that is to be ended, and waits for its guards. Before its session is locked,
+/// whose heartbeats must not wait for them as well.
+pub fn exclude(db: &Db<'_>, claim_id: i64) -> Result<()> {
+    db.run(&EXCLUDE, &[claim_id.into()])?;
+    Ok(())
+}
 
 static EXISTS: Statement = Statement::new(
     |c| format!("SELECT 1 FROM {}.sd_claims WHERE claim_id = $1", c.schema),

@@ -4,12 +4,13 @@ use chrono::{DateTime, Utc};
 use pg_claims_core::lease::Lease;
 use pg_claims_core::session::{Beat, Progressed};
 use pgrx::datum::Interval;
-use pgrx::pg_sys::BuiltinOid::{INT8OID, INTERVALOID, TEXTARRAYOID, TEXTOID};
+use pgrx::pg_sys::BuiltinOid::{INT8OID, INTERVALOID, OIDOID, TEXTARRAYOID, TEXTOID};
 use pgrx::spi::SpiTupleTable;
 
 use super::row::Row;
 use super::statement::{Db, Statement};
 use crate::error::Result;
+use crate::identity::Role;
 
 static BEAT: Statement = Statement::new(
     |c| {
@@ -22,7 +23,7 @@ static BEAT: Statement = Statement::new(
             c.schema
         )
     },
-    &[TEXTOID, TEXTOID, INT8OID],
+    &[TEXTOID, OIDOID, INT8OID],
 );
 
 /// Records a sign of life: never backwards, on the database's clock. With a claim id only while
@@ -31,11 +32,11 @@ static BEAT: Statement = Statement::new(
 pub fn beat(
     db: &Db<'_>,
     session_id: &str,
-    owner_role: &str,
+    owner_role: Role,
     claim_id: Option<i64>,
 ) -> Result<Option<(Beat, Option<i64>)>> {
     let Some(row) =
-        db.first_row(&BEAT, &[session_id.into(), owner_role.into(), claim_id.into()])?
+        db.first_row(&BEAT, &[session_id.into(), owner_role.0.into(), claim_id.into()])?
     else {
         return Ok(None);
     };
@@ -117,26 +118,26 @@ pub fn beat_many(db: &Db<'_>, session_ids: &[String]) -> Result<Vec<(String, Fou
 static NOT_OF: Statement = Statement::new(
     |c| {
         format!(
-            "SELECT session_id, owner_role::text FROM {}.claude_sessions
+            "SELECT session_id, owner_role::oid FROM {}.claude_sessions
               WHERE session_id = ANY ($1) AND owner_role <> $2 ORDER BY session_id LIMIT 1",
             c.schema
         )
     },
-    &[TEXTARRAYOID, TEXTOID],
+    &[TEXTARRAYOID, OIDOID],
 );
 
 /// The first of these sessions that is not `role`'s, and whose it is.
 pub fn first_not_of(
     db: &Db<'_>,
     session_ids: &[String],
-    role: &str,
-) -> Result<Option<(String, String)>> {
-    let Some(row) = db.first_row(&NOT_OF, &[session_ids.to_vec().into(), role.into()])? else {
+    role: Role,
+) -> Result<Option<(String, Role)>> {
+    let Some(row) = db.first_row(&NOT_OF, &[session_ids.to_vec().into(), role.0.into()])? else {
         return Ok(None);
     };
     Ok(Some((
         row.required_text(1, "claude_sessions.session_id")?,
-        row.required_text(2, "claude_sessions.owner_role")?,
+        row.role(2, "claude_sessions.owner_role")?,
     )))
 }
 

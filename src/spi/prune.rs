@@ -142,7 +142,7 @@ pub fn end_silent_sessions(db: &Db<'_>, silence: TimeDelta, size: i32) -> Result
         silent.push(rows.required_text(1, "claude_sessions.session_id")?);
     }
     for session_id in &silent {
-        session::end(db, session_id, None, SILENT)?;
+        session::end(db, session_id, None, SILENT, false)?;
     }
     Ok(silent.len())
 }

@@ -7,6 +7,7 @@ use pgrx::spi::SpiTupleTable;
 use super::statement::required;
 use super::time;
 use crate::error::Result;
+use crate::identity::Role;
 
 /// Typed access to the current row of a result. Positions count from 1.
 pub trait Row {
@@ -18,6 +19,8 @@ pub trait Row {
     fn instant(&self, position: usize) -> Result<Option<DateTime<Utc>>>;
     /// An interval that may be NULL.
     fn time(&self, position: usize) -> Result<Option<TimeDelta>>;
+    /// A role that is never NULL.
+    fn role(&self, position: usize, what: &'static str) -> Result<Role>;
     /// A boolean; NULL counts as false.
     fn flag(&self, position: usize) -> Result<bool>;
 
@@ -50,6 +53,10 @@ impl Row for SpiTupleTable<'_> {
 
     fn time(&self, position: usize) -> Result<Option<TimeDelta>> {
         Ok(self.get::<Interval>(position)?.map(|interval| time::from_interval(&interval)))
+    }
+
+    fn role(&self, position: usize, what: &'static str) -> Result<Role> {
+        required(self.get(position)?, what).map(Role)
     }
 
     fn flag(&self, position: usize) -> Result<bool> {

@@ -4,19 +4,21 @@ use chrono::{DateTime, Utc};
 use pg_claims_core::session::SessionState;
 use pgrx::JsonB;
 use pgrx::datum::Interval;
-use pgrx::pg_sys::BuiltinOid::{BOOLOID, INT4OID, INT8OID, INTERVALOID, JSONBOID, TEXTOID};
+use pgrx::pg_sys::BuiltinOid::{BOOLOID, INT4OID, INT8OID, INTERVALOID, JSONBOID, OIDOID, TEXTOID};
 use pgrx::spi::SpiTupleTable;
 
+use super::claim::Ending;
 use super::row::Row;
 use super::statement::{Db, Statement, required};
 use crate::error::Result;
+use crate::identity::Role;
 
 /// What a decision about a session needs to know of it.
 #[derive(Debug, Clone)]
 pub struct Session {
     pub session_id: String,
     pub status: String,
-    pub owner_role: String,
+    pub owner_role: Role,
     /// The SD it holds and the fencing token of that acquisition.
     pub claim: Option<(String, i64)>,
 }
@@ -31,7 +33,7 @@ impl Session {
 static FIND: Statement = Statement::new(
     |c| {
         format!(
-            "SELECT session_id, status, owner_role::text, sd_id, claim_id
+            "SELECT session_id, status, owner_role::oid, sd_id, claim_id
                FROM {}.claude_sessions WHERE session_id = $1",
             c.schema
         )
@@ -48,7 +50,7 @@ fn read_session(row: &SpiTupleTable<'_>) -> Result<Session> {
     Ok(Session {
         session_id: row.required_text(1, "claude_sessions.session_id")?,
         status: row.required_text(2, "claude_sessions.status")?,
-        owner_role: row.required_text(3, "claude_sessions.owner_role")?,
+        owner_role: row.role(3, "claude_sessions.owner_role")?,
         claim: row.text(4)?.zip(row.bigint(5)?),
     })
 }
@@ -73,7 +75,7 @@ static REGISTER: Statement = Statement::new(
         format!(
             "INSERT INTO {x}.claude_sessions AS s
                     (session_id, hostname, tty, pid, codebase, metadata, owner_role, stale_after)
-             VALUES ($1, $2, $3, $4, $5, $6, $7::name, NULLIF($9, interval '0'))
+             VALUES ($1, $2, $3, $4, $5, $6, $7, NULLIF($9, interval '0'))
              ON CONFLICT (session_id) DO UPDATE
                 SET hostname = COALESCE(EXCLUDED.hostname, s.hostname),
                     tty = COALESCE(EXCLUDED.tty, s.tty),
@@ -91,11 +93,14 @@ static REGISTER: Statement = Statement::new(
             x = c.schema
         )
     },
-    &[TEXTOID, TEXTOID, TEXTOID, INT4OID, TEXTOID, JSONBOID, TEXTOID, BOOLOID, INTERVALOID],
+    &[TEXTOID, TEXTOID, TEXTOID, INT4OID, TEXTOID, JSONBOID, OIDOID, BOOLOID, INTERVALOID],
 );
 
-const STATE: &str = "session_id, status, sd_id, claim_id, hostname, tty, pid, codebase, metadata,
-                     heartbeat_at, created_at, EXTRACT(EPOCH FROM stale_after)::float8";
+// Of the row `s`.
+const STATE: &str =
+    "s.session_id, s.status, s.sd_id, s.claim_id, s.hostname, s.tty, s.pid, s.codebase,
+                     s.metadata, s.heartbeat_at, s.created_at,
+                     EXTRACT(EPOCH FROM s.stale_after)::float8";
 
 fn read_state(row: &SpiTupleTable<'_>) -> Result<SessionState> {
     Ok(SessionState {
@@ -122,7 +127,7 @@ fn read_state(row: &SpiTupleTable<'_>) -> Result<SessionState> {
 pub fn register(
     db: &Db<'_>,
     session: Registration<'_>,
-    owner_role: &str,
+    owner_role: Role,
     privileged: bool,
 ) -> Result<Option<SessionState>> {
     db.first_row(
@@ -134,7 +139,7 @@ pub fn register(
             session.pid.into(),
             session.codebase.into(),
             session.metadata.into(),
-            owner_role.into(),
+            owner_role.0.into(),
             privileged.into(),
             session.stale_after.into(),
         ],
@@ -143,18 +148,30 @@ pub fn register(
     .transpose()
 }
 
+/// The acquisition that a statement is to end, locked before its session: a guard may hold it for
+/// long, and who waits for that must not hold up the session's heartbeats.
+fn acquisition_first(schema: &str, claim_id: &str) -> String {
+    format!(
+        "WITH ending AS MATERIALIZED (
+             SELECT claim_id FROM {schema}.sd_claims WHERE claim_id = {claim_id} FOR NO KEY UPDATE)"
+    )
+}
+
 static LET_GO: Statement = Statement::new(
     |c| {
         format!(
-            "UPDATE {}.claude_sessions
+            "{first}
+             UPDATE {x}.claude_sessions s
                 SET sd_id = NULL, claim_id = NULL, claimed_at = NULL, track = NULL,
                     status = 'idle', silent_until = NULL,
-                    lost_claim_id = CASE WHEN $4 THEN claim_id END, lost_to = NULL,
+                    lost_claim_id = CASE WHEN $4 THEN s.claim_id END, lost_to = NULL,
                     released_at = pg_catalog.clock_timestamp(), release_reason = $3,
                     updated_at = pg_catalog.clock_timestamp()
-              WHERE session_id = $1 AND claim_id = $2
-          RETURNING released_at",
-            c.schema
+               FROM (VALUES (1)) AS one LEFT JOIN ending ON true
+              WHERE s.session_id = $1 AND s.claim_id = $2
+          RETURNING s.released_at",
+            x = c.schema,
+            first = acquisition_first(&c.schema, "$2"),
         )
     },
     &[TEXTOID, INT8OID, TEXTOID, BOOLOID],
@@ -170,6 +187,7 @@ pub fn let_go(
     unasked: bool,
 ) -> Result<Option<DateTime<Utc>>> {
     let arguments = [session_id.into(), claim_id.into(), reason.into(), unasked.into()];
+    let _ending = Ending::new();
     db.first_row(&LET_GO, &arguments)?
         .map(|row| row.required_instant(1, "claude_sessions.released_at"))
         .transpose()
@@ -178,34 +196,40 @@ pub fn let_go(
 static END: Statement = Statement::new(
     |c| {
         format!(
-            "UPDATE {}.claude_sessions
+            "{first}
+             UPDATE {x}.claude_sessions s
                 SET sd_id = NULL, claim_id = NULL, claimed_at = NULL, track = NULL,
                     status = 'released', silent_until = NULL,
+                    lost_claim_id = CASE WHEN $4 THEN s.claim_id END, lost_to = NULL,
                     released_at = pg_catalog.clock_timestamp(), release_reason = $3,
                     updated_at = pg_catalog.clock_timestamp()
-              WHERE session_id = $1 AND status <> 'released'
-                AND claim_id IS NOT DISTINCT FROM $2
+               FROM (VALUES (1)) AS one LEFT JOIN ending ON true
+              WHERE s.session_id = $1 AND s.status <> 'released'
+                AND s.claim_id IS NOT DISTINCT FROM $2
           RETURNING {STATE}",
-            c.schema
+            x = c.schema,
+            first = acquisition_first(&c.schema, "$2"),
         )
     },
-    &[TEXTOID, INT8OID, TEXTOID],
+    &[TEXTOID, INT8OID, TEXTOID, BOOLOID],
 );
 
-/// Ends the session while it holds `claim_id` (or nothing). `None` when that has changed.
+/// Ends the session while it holds `claim_id` (or nothing). `None` when that has changed. `unasked` as
+/// for [`let_go`].
 pub fn end(
     db: &Db<'_>,
     session_id: &str,
     claim_id: Option<i64>,
     reason: &str,
+    unasked: bool,
 ) -> Result<Option<SessionState>> {
-    db.first_row(&END, &[session_id.into(), claim_id.into(), reason.into()])?
-        .map(|row| read_state(&row))
-        .transpose()
+    let arguments = [session_id.into(), claim_id.into(), reason.into(), unasked.into()];
+    let _ending = Ending::new();
+    db.first_row(&END, &arguments)?.map(|row| read_state(&row)).transpose()
 }
 
 static STATE_OF: Statement = Statement::new(
-    |c| format!("SELECT {STATE} FROM {}.claude_sessions WHERE session_id = $1", c.schema),
+    |c| format!("SELECT {STATE} FROM {}.claude_sessions s WHERE s.session_id = $1", c.schema),
     &[TEXTOID],
 );
 
@@ -217,7 +241,7 @@ pub fn state(db: &Db<'_>, session_id: &str) -> Result<Option<SessionState>> {
 static HOLDER: Statement = Statement::new(
     |c| {
         format!(
-            "SELECT session_id, status, owner_role::text, sd_id, claim_id
+            "SELECT session_id, status, owner_role::oid, sd_id, claim_id
                FROM {}.claude_sessions
               WHERE sd_id = $1 AND sd_id IS NOT NULL AND status = 'active'",
             c.schema
@@ -234,7 +258,7 @@ pub fn holder(db: &Db<'_>, sd_id: &str) -> Result<Option<Session>> {
 static HOLDERS: Statement = Statement::new(
     |c| {
         format!(
-            "SELECT session_id, status, owner_role::text, sd_id, claim_id
+            "SELECT session_id, status, owner_role::oid, sd_id, claim_id
                FROM {}.claude_sessions
               WHERE sd_id IS NOT NULL AND status = 'active' ORDER BY sd_id LIMIT 1",
             c.schema
@@ -246,4 +270,23 @@ static HOLDERS: Statement = Statement::new(
 /// One session that holds an SD, if any does.
 pub fn any_holder(db: &Db<'_>) -> Result<Option<Session>> {
     db.first_row(&HOLDERS, &[])?.map(|row| read_session(&row)).transpose()
+}
+
+static HOLDERS_OF_NOTHING: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT session_id, status, owner_role::oid, sd_id, claim_id
+               FROM {x}.claude_sessions s
+              WHERE sd_id IS NOT NULL AND status = 'active'
+                AND NOT EXISTS (SELECT FROM {x}.v_directives d WHERE d.sd_id = s.sd_id)
+              ORDER BY sd_id LIMIT 1",
+            x = c.schema
+        )
+    },
+    &[],
+);
+
+/// One session that holds an SD which the backlog does not have, if any does.
+pub fn any_holder_of_nothing(db: &Db<'_>) -> Result<Option<Session>> {
+    db.first_row(&HOLDERS_OF_NOTHING, &[])?.map(|row| read_session(&row)).transpose()
 }

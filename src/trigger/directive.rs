@@ -1,5 +1,6 @@
 //! The triggers on the backlog, whichever table that is.
 
+use pg_claims_core::id;
 use pgrx::PgSqlErrorCode;
 use pgrx::prelude::*;
 
@@ -23,7 +24,16 @@ pub fn release_finished_directive<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
             };
             see_latest_claims(db, backlog, &sd_id)?;
             if trigger.new().is_none() {
-                return release(db, &sd_id, "sd_deleted");
+                // A row that moves to another partition is deleted here and inserted there.
+                return match claim::look(db, None, &sd_id)?.sd {
+                    Some(sd) if sd.sd_id == sd_id => match sd.status.filter(|_| sd.is_terminal) {
+                        Some(status) => {
+                            release(db, &sd_id, &format!("sd_{}", status.to_ascii_lowercase()))
+                        }
+                        None => Ok(()),
+                    },
+                    _ => release(db, &sd_id, "sd_deleted"),
+                };
             }
             if canonical_id(backlog, trigger, Side::New)?.as_ref() != Some(&sd_id) {
                 return refuse_rename(db, sd_id);
@@ -37,7 +47,7 @@ pub fn release_finished_directive<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
     })
 }
 
-/// TRUNCATE deletes every SD.
+/// TRUNCATE deletes every SD of the table, or of one partition.
 #[pg_trigger]
 pub fn release_truncated_directives<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
     run(|| {
@@ -49,7 +59,7 @@ pub fn release_truncated_directives<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
             if time::has_transaction_snapshot() {
                 return Err(ClaimError::NeedsReadCommitted { what: "truncate the backlog" });
             }
-            while let Some(holder) = session::any_holder(db)? {
+            while let Some(holder) = session::any_holder_of_nothing(db)? {
                 if let Some((_, claim_id)) = holder.claim {
                     session::let_go(db, &holder.session_id, claim_id, "sd_deleted", true)?;
                 }
@@ -78,6 +88,11 @@ pub fn keep_directive_mirror<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
             let Some(sd_id) = canonical_id(backlog, trigger, Side::New)? else {
                 return Ok(());
             };
+            if trigger.old().is_none() && Some(trigger.relid()?) == catalog.own_backlog {
+                // A bound table's ids are its owner's; ours are such that the functions take them.
+                id::check(Some(&sd_id))
+                    .map_err(|rule| ClaimError::InvalidId { argument: "sd_id", rule })?;
+            }
             let session_id = match directive::target() {
                 Some(target) if target.sd_id == sd_id => target.session_id,
                 _ => session::holder(db, &sd_id)?.map(|session| session.session_id),
@@ -129,9 +144,10 @@ fn finished_status(backlog: &Backlog, trigger: &PgTrigger<'_>) -> Result<Option<
     let Some(column) = &backlog.columns.status else {
         return Ok(None);
     };
-    let status = text_of(trigger, Side::New, column)?.map(|status| status.to_lowercase());
+    let status = text_of(trigger, Side::New, column)?.map(|status| status.to_ascii_lowercase());
     let terminal = &backlog.columns.terminal_statuses;
-    Ok(status.filter(|status| terminal.iter().any(|terminal| terminal.to_lowercase() == *status)))
+    Ok(status
+        .filter(|status| terminal.iter().any(|terminal| terminal.eq_ignore_ascii_case(status))))
 }
 
 /// Under REPEATABLE READ and SERIALIZABLE a claim that was committed after the transaction's
@@ -141,13 +157,10 @@ fn finished_status(backlog: &Backlog, trigger: &PgTrigger<'_>) -> Result<Option<
 fn see_latest_claims(db: &Db<'_>, backlog: &Backlog, sd_id: &str) -> Result<()> {
     let c = &backlog.columns;
     let is_mirrored = c.is_working_on.is_some() || c.active_session_id.is_some();
-    if is_mirrored || !time::has_transaction_snapshot() {
+    if is_mirrored {
         return Ok(());
     }
-    match claim::open(db, sd_id, "", None, None)? {
-        Some((claim_id, _)) => claim::discard(db, claim_id),
-        None => Ok(()),
-    }
+    claim::see_latest(db, sd_id)
 }
 
 fn release(db: &Db<'_>, sd_id: &str, reason: &str) -> Result<()> {

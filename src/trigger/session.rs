@@ -96,11 +96,7 @@ fn complete_update(old: &SessionRow, new: &SessionRow) -> Result<Option<SessionR
             whole = claim_by_hand(new, sd_id, &given_up)?;
         }
         (Some(sd_id), None) => {
-            if new.claim_id.is_none()
-                && new.status != "active"
-                && new.released_at != old.released_at
-            {
-                // As the functions write it.
+            if claim::is_ending() {
                 return Ok(None);
             }
             Db::connect(|db| directive::lock(db, vec![sd_id.clone()]))?;
@@ -133,6 +129,7 @@ fn let_go(old: &SessionRow, row: &mut SessionRow) {
     }
     row.lost_claim_id = old.claim_id;
     row.lost_to = None;
+    // By the server's clock, whatever was written there.
     row.released_at = Some(time::now());
     if row.release_reason == old.release_reason || row.release_reason.is_none() {
         row.release_reason = Some(DIRECT_WRITE.into());
@@ -142,6 +139,7 @@ fn let_go(old: &SessionRow, row: &mut SessionRow) {
 /// Checks a claim that was written by hand and gives it its token and time. The acquisition itself
 /// is opened once the row is written: an INSERT … ON CONFLICT may yet leave this row out.
 fn claim_by_hand(row: &SessionRow, sd_id: &str, given_up: &[&str]) -> Result<SessionRow> {
+    id::check(Some(sd_id)).map_err(|rule| ClaimError::InvalidId { argument: "sd_id", rule })?;
     Db::connect(|db| {
         let canonical = match claim::look(db, None, sd_id)?.sd {
             Some(sd) => sd.sd_id,
@@ -149,7 +147,11 @@ fn claim_by_hand(row: &SessionRow, sd_id: &str, given_up: &[&str]) -> Result<Ses
         };
         let mut concerned: Vec<String> = given_up.iter().map(|sd| (*sd).to_owned()).collect();
         concerned.push(canonical.clone());
-        directive::lock(db, concerned)?;
+        if !directive::lock(db, concerned)?.contains(&canonical) {
+            // Whoever was waited for has deleted it, or put another row in its place.
+            return Err(replaced_sd(sd_id));
+        }
+        claim::see_latest(db, &canonical)?;
 
         // Look again: whoever was waited for may have finished or claimed the SD.
         let picture = claim::look(db, None, &canonical)?;
@@ -219,6 +221,15 @@ fn unknown_sd(sd_id: &str) -> ClaimError {
         message: format!("the backlog has no SD \"{sd_id}\""),
         detail: None,
         hint: "See v_directives for the SDs that can be claimed, by their ids.",
+    }
+}
+
+fn replaced_sd(sd_id: &str) -> ClaimError {
+    ClaimError::DirectWrite {
+        code: PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE,
+        message: format!("SD \"{sd_id}\" was deleted or replaced meanwhile"),
+        detail: None,
+        hint: "Try the transaction again.",
     }
 }
 

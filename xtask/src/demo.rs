@@ -44,6 +44,9 @@ const CONTESTED: &str = "SD-LEO-001";
 pub fn run(layout: &Layout, choice: &Choice) -> Result<()> {
     let lock = Lock::take(layout)?;
     let installation = setup::run(layout, choice)?;
+    if Server::running(&installation, &root(layout))?.is_some() {
+        progress::note("the server of an earlier demo goes, with all that is in it");
+    }
     progress::step("starting a throw-away server");
     // Noted first: should this run be killed, `cargo xtask stop` finds what it started.
     std::fs::write(

@@ -394,3 +394,53 @@ fn rows_of_inheriting_tables_are_not_sds_of_the_bound_one() {
     assert_eq!(count(&mut c, "SELECT count(*) FROM child WHERE is_working_on"), 0);
     assert_in_step(&mut c);
 }
+
+#[test]
+fn the_case_of_a_status_is_folded_alike_everywhere_in_whatever_locale() {
+    let (_db, mut c) = coordinated();
+    c.batch_execute(
+        "CREATE TABLE mine (key text PRIMARY KEY, status text, is_working_on boolean);
+         INSERT INTO mine VALUES ('A', 'DONE'), ('B', 'TERMINÉ'), ('C', 'open'), ('D', 'open');
+         SELECT bind_directives('mine', '{key}', p_terminal_statuses => '{Done,Terminé}')",
+    )
+    .unwrap();
+    assert_eq!(claim(&mut c, "A", "s1")["error"], "sd_terminal_status");
+    // Beyond A to Z letters count as they are written.
+    granted(&mut c, "B", "s1");
+    granted(&mut c, "C", "s2");
+    granted(&mut c, "D", "s3");
+    c.batch_execute("UPDATE mine SET status = 'TERMINÉ' WHERE key = 'C'; UPDATE mine SET status = 'TERMINé' WHERE key = 'D'")
+        .unwrap();
+    assert_eq!(beat(&mut c, "s2")["sd_id"], "C");
+    assert!(beat(&mut c, "s3")["sd_id"].is_null());
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn columns_that_cannot_be_written_are_refused_at_once() {
+    let (_db, mut c) = coordinated();
+    for (columns, code, says) in [
+        ("is_working_on boolean GENERATED ALWAYS AS (true) STORED", "42804", "generated"),
+        ("active_session_id text NOT NULL DEFAULT ''", "42804", "NULL"),
+    ] {
+        c.batch_execute(&format!(
+            "DROP TABLE IF EXISTS mine; CREATE TABLE mine (key text PRIMARY KEY, {columns})"
+        ))
+        .unwrap();
+        let error = c.batch_execute("SELECT bind_directives('mine', '{key}')").unwrap_err();
+        assert_eq!(pg_claims_tests::sqlstate(&error), code, "{columns}");
+        assert!(pg_claims_tests::detail(&error).contains(says), "{error:?}");
+    }
+    c.batch_execute("CREATE TEMPORARY TABLE passing (key text PRIMARY KEY)").unwrap();
+    let error = c.batch_execute("SELECT bind_directives('passing', '{key}')").unwrap_err();
+    assert_eq!(pg_claims_tests::sqlstate(&error), "42809");
+}
+
+#[test]
+fn the_own_backlog_is_known_by_any_name() {
+    let (db, mut c) = coordinated();
+    c.batch_execute("ALTER TABLE strategic_directives_v2 RENAME TO backlog").unwrap();
+    granted(&mut c, "SD-1", "s1");
+    assert_eq!(count(&mut db.connect(), "SELECT count(*) FROM backlog WHERE is_working_on"), 1);
+    assert_in_step(&mut c);
+}

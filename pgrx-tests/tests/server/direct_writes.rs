@@ -313,3 +313,34 @@ fn a_switch_is_one_event_that_tells_of_both_sides() {
     assert_eq!(event["detail"]["released_sd"], "SD-1");
     assert_eq!(event["detail"]["released_claim_id"], first);
 }
+
+#[test]
+fn a_release_by_hand_is_dated_by_the_server_and_told_to_the_session() {
+    let (_db, mut c) = coordinated();
+    let held = granted(&mut c, "SD-1", "s1");
+    c.batch_execute(
+        "UPDATE claude_sessions SET sd_id = NULL, claim_id = NULL, claimed_at = NULL, status = 'idle', released_at = 'infinity'
+          WHERE session_id = 's1'",
+    )
+    .unwrap();
+    let dated = format!(
+        "SELECT released_at BETWEEN now() - interval '1 minute' AND now() + interval '1 minute' FROM sd_claims WHERE claim_id = {held}"
+    );
+    assert_eq!(value(&mut c, &dated).as_deref(), Some("true"));
+    assert_eq!(beat(&mut c, "s1")["lost_claim"]["claim_id"], held);
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn ids_that_no_function_takes_do_not_get_in_by_hand() {
+    let (_db, mut c) = coordinated();
+    for bad in ["E'bad\\nid'", "E'\\u00a0'"] {
+        let insert = format!("INSERT INTO strategic_directives_v2 (sd_id) VALUES ({bad})");
+        assert_eq!(sqlstate(&c.batch_execute(&insert).unwrap_err()), "22023", "{bad}");
+        let claim = format!("UPDATE claude_sessions SET sd_id = {bad} WHERE session_id = 's1'");
+        assert_eq!(sqlstate(&c.batch_execute(&claim).unwrap_err()), "22023", "{bad}");
+    }
+    // History is not made up by hand either.
+    let history = "INSERT INTO sd_claims (sd_id, session_id, released_at, release_reason) VALUES ('SD-1', 's1', now(), 'x')";
+    assert_eq!(sqlstate(&c.batch_execute(history).unwrap_err()), "55000");
+}

@@ -134,3 +134,29 @@ fn what_must_see_all_claims_wants_read_committed() {
         }
     }
 }
+
+#[test]
+fn a_write_by_hand_that_loses_a_race_is_a_serialization_failure_too() {
+    for level in LEVELS {
+        for mirror in ["is_working_on boolean", "note text"] {
+            let (db, mut c) = coordinated();
+            c.batch_execute(&format!(
+                "CREATE TABLE mine (key text PRIMARY KEY, {mirror}); INSERT INTO mine VALUES ('M-1');
+                 SELECT bind_directives('mine', '{{key}}')"
+            ))
+            .unwrap();
+            let mut loser = db.connect();
+            loser
+                .batch_execute(&format!(
+                    "BEGIN ISOLATION LEVEL {level}; SELECT 1 FROM claude_sessions"
+                ))
+                .unwrap();
+            granted(&mut c, "M-1", "s1");
+            let error = loser
+                .batch_execute("UPDATE claude_sessions SET sd_id = 'M-1' WHERE session_id = 's2'")
+                .unwrap_err();
+            assert_eq!(sqlstate(&error), "40001", "{level}, {mirror}");
+            assert_in_step(&mut c);
+        }
+    }
+}

@@ -93,3 +93,34 @@ fn a_trigger_that_swallows_the_mirror_s_update_is_reported() {
     assert!(pg_claims_tests::hint(&error).contains("BEFORE"));
     assert_in_step(&mut c);
 }
+
+#[test]
+fn a_trigger_that_has_its_own_way_with_the_mirror_is_reported() {
+    let (_db, mut c) = coordinated();
+    // After the extension's own, by its name.
+    c.batch_execute(
+        "CREATE FUNCTION lie() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN NEW.is_working_on := false; RETURN NEW; END $$;
+         CREATE TRIGGER zzz BEFORE UPDATE ON strategic_directives_v2 FOR EACH ROW EXECUTE FUNCTION lie()",
+    )
+    .unwrap();
+    let error = c.query("SELECT claim_sd('SD-1', 's1')", &[]).unwrap_err();
+    assert_eq!(pg_claims_tests::sqlstate(&error), "09000");
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn a_claim_that_a_trigger_undoes_is_no_success() {
+    let (_db, mut c) = coordinated();
+    let held = granted(&mut c, "SD-2", "s1");
+    c.batch_execute(
+        "CREATE FUNCTION veto() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+           IF NEW.is_working_on THEN PERFORM release_sd(NEW.active_session_id, 'veto'); END IF; RETURN NULL; END $$;
+         CREATE TRIGGER veto AFTER UPDATE ON strategic_directives_v2 FOR EACH ROW WHEN (NEW.sd_id = 'SD-1') EXECUTE FUNCTION veto()",
+    )
+    .unwrap();
+    let error = c.query("SELECT claim_sd('SD-1', 's1')", &[]).unwrap_err();
+    assert_eq!(pg_claims_tests::sqlstate(&error), "09000");
+    assert!(pg_claims_tests::message(&error).contains("released SD \"SD-1\" while"));
+    assert_eq!(beat(&mut c, "s1")["claim_id"], held);
+    assert_in_step(&mut c);
+}

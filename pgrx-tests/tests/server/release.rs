@@ -160,3 +160,37 @@ fn finishing_rolls_back_with_its_release() {
     assert_eq!(beat(&mut c, "s1")["claim_id"], claim_id);
     assert_in_step(&mut c);
 }
+
+#[test]
+fn a_session_that_an_operator_ended_is_told_what_it_lost() {
+    let (db, mut c) = coordinated();
+    let worker = db.role("worker");
+    json(&mut c, "SELECT grant_coordination($1, 'worker')", &[&worker]);
+    let mut w = db.connect_as(&worker);
+    register(&mut w, "theirs");
+    let held = granted(&mut w, "SD-1", "theirs");
+    json(&mut c, "SELECT end_session('theirs', 'maintenance')", &[]);
+    register(&mut w, "theirs");
+    let told = beat(&mut w, "theirs");
+    assert_eq!(told["lost_claim"]["claim_id"], held, "{told}");
+    assert_eq!(told["lost_claim"]["reason"], "maintenance");
+}
+
+#[test]
+fn a_release_that_collides_with_an_unrelated_unique_index_says_so_and_changes_nothing() {
+    let (_db, mut c) = coordinated();
+    c.batch_execute(
+        "CREATE TABLE mine (key text PRIMARY KEY, slot integer, is_working_on boolean NOT NULL DEFAULT false);
+         CREATE UNIQUE INDEX one_free_a_slot ON mine (slot) WHERE NOT is_working_on;
+         INSERT INTO mine VALUES ('A', 1);
+         SELECT bind_directives('mine', '{key}')",
+    )
+    .unwrap();
+    let held = granted(&mut c, "A", "s1");
+    c.batch_execute("INSERT INTO mine VALUES ('B', 1)").unwrap();
+    let error = c.query("SELECT release_sd('s1')", &[]).unwrap_err();
+    assert_eq!(pg_claims_tests::sqlstate(&error), "23505");
+    assert!(pg_claims_tests::message(&error).contains("one_free_a_slot"));
+    assert_eq!(beat(&mut c, "s1")["claim_id"], held);
+    assert_in_step(&mut c);
+}

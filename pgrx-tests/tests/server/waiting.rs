@@ -314,3 +314,58 @@ fn a_lock_that_was_waited_for_may_come_with_a_changed_catalogue() {
     release(&mut c, "s1");
     c.batch_execute("SELECT unbind_directives(); DROP TABLE theirs").unwrap();
 }
+
+#[test]
+fn an_sd_that_was_replaced_while_a_claim_waited_is_locked_like_any_other() {
+    let (db, mut c) = coordinated();
+    let mut replacer = db.connect();
+    replacer
+        .batch_execute(
+            "BEGIN; DELETE FROM strategic_directives_v2 WHERE sd_id = 'SD-1';
+             INSERT INTO strategic_directives_v2 (sd_id, title) VALUES ('SD-1', 'another')",
+        )
+        .unwrap();
+    // The session's own row is being written, so that the claim waits once more after its lock.
+    let mut beating = db.connect();
+    beating.batch_execute("BEGIN").unwrap();
+    beat(&mut beating, "s1");
+    let (pid, claimer) = blocked_claim(&db, "SD-1", "s1");
+    replacer.batch_execute("COMMIT").unwrap();
+    let beating_pid = backend_pid(&mut beating);
+    pg_claims_tests::wait_until("the claim to wait for the heartbeat", || {
+        c.query_one("SELECT $2 = ANY (pg_blocking_pids($1))", &[&pid, &beating_pid]).unwrap().get(0)
+    });
+    let mut finisher = db.connect();
+    finisher.batch_execute("SET lock_timeout = '20ms'").unwrap();
+    let error = finisher
+        .batch_execute(
+            "UPDATE strategic_directives_v2 SET status = 'completed' WHERE sd_id = 'SD-1'",
+        )
+        .unwrap_err();
+    assert_eq!(sqlstate(&error), "55P03", "the SD is not locked");
+    beating.batch_execute("COMMIT").unwrap();
+    assert_eq!(claimer.join().unwrap().unwrap()["success"], true);
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn binding_another_table_and_releasing_do_not_deadlock() {
+    let (db, mut c) = coordinated();
+    c.batch_execute(
+        "CREATE TABLE one (key text PRIMARY KEY, is_working_on boolean);
+         CREATE TABLE two (key text PRIMARY KEY, is_working_on boolean);
+         INSERT INTO one VALUES ('A'); INSERT INTO two VALUES ('A');
+         SELECT bind_directives('one', '{key}')",
+    )
+    .unwrap();
+    granted(&mut c, "A", "s1");
+    let mut reader = db.connect();
+    reader.batch_execute("BEGIN; SELECT FROM two").unwrap();
+    let (_, binder) =
+        blocked(&db, |client| client.batch_execute("SELECT bind_directives('two', '{key}')"));
+    let (_, releaser) = blocked(&db, |client| release(client, "s1"));
+    reader.batch_execute("COMMIT").unwrap();
+    binder.join().unwrap().unwrap();
+    assert_eq!(releaser.join().unwrap()["success"], true);
+    assert_in_step(&mut c);
+}

@@ -11,9 +11,9 @@ use chrono::{DateTime, Utc};
 use pg_claims_core::outcome::{Claimed, Owner, Refusal, TookOver};
 use pgrx::pg_sys::BuiltinOid::{INT8OID, TEXTOID, TIMESTAMPTZOID};
 
-use super::Granting;
 use super::history;
 use super::picture::{self, Picture};
+use super::{Ending, Granting};
 use crate::error::{ClaimError, Result};
 use crate::spi::session::Session;
 use crate::spi::statement::{Db, Statement};
@@ -68,8 +68,10 @@ pub fn acquire(
                 let mut concerned = vec![sd_id.clone()];
                 concerned.extend(gives_up.as_ref().map(|(given_up, _)| given_up.clone()));
                 if !concerned.iter().all(|sd_id| locked.contains(sd_id)) {
-                    directive::lock(db, concerned.clone())?;
-                    locked.extend(concerned);
+                    locked.extend(directive::lock(db, concerned)?);
+                    // The SD that is given up need not be there any more; the one to be claimed is
+                    // looked for again, and locked, until it is.
+                    locked.extend(gives_up.map(|(given_up, _)| given_up));
                     continue;
                 }
                 let taken = take(db, &sd_id, session_id, track, gives_up, stale_owner)?;
@@ -134,6 +136,9 @@ fn take(
     stale_owner: Option<Owner>,
 ) -> Result<Option<Claimed>> {
     let held = gives_up.as_ref().map(|(_, claim_id)| *claim_id);
+    if let Some(held) = held {
+        guard::exclude(db, held)?;
+    }
     if let Some(owner) = &stale_owner {
         // Its own session is locked before the owner loses anything: nobody is evicted for a claim
         // that is refused in the end. A guard that was opened since the look is not waited for.
@@ -235,6 +240,7 @@ fn expire(db: &Db<'_>, owner: &Owner, in_favour_of: &str) -> Result<bool> {
         in_favour_of.into(),
         TAKEN_OVER.into(),
     ];
+    let _ending = Ending::new();
     Ok(db.first_row(&EXPIRE, &arguments)?.is_some())
 }
 
@@ -265,7 +271,7 @@ fn grant(
     claimed_at: DateTime<Utc>,
     held: Option<i64>,
 ) -> Result<bool> {
-    let _granting = Granting::new(claim_id);
+    let granting = Granting::new(claim_id);
     let arguments = [
         session_id.into(),
         sd_id.into(),
@@ -274,5 +280,9 @@ fn grant(
         track.into(),
         held.into(),
     ];
-    Ok(db.first_row(&GRANT, &arguments)?.is_some())
+    let granted = db.first_row(&GRANT, &arguments)?.is_some();
+    if granting.is_undone() {
+        return Err(ClaimError::Undone { sd_id: sd_id.to_owned() });
+    }
+    Ok(granted)
 }

@@ -137,6 +137,18 @@ pub fn discard(db: &Db<'_>, claim_id: i64) -> Result<()> {
     Ok(())
 }
 
+/// Under REPEATABLE READ and SERIALIZABLE: error 40001 if a claim on the SD was committed that the
+/// transaction's snapshot does not show. The unique index sees all claims.
+pub fn see_latest(db: &Db<'_>, sd_id: &str) -> Result<()> {
+    if !time::has_transaction_snapshot() {
+        return Ok(());
+    }
+    match open(db, sd_id, "", None, None)? {
+        Some((claim_id, _)) => discard(db, claim_id),
+        None => Ok(()),
+    }
+}
+
 static CLOSE: Statement = Statement::new(
     |c| {
         format!(
@@ -157,6 +169,9 @@ pub fn close(
     reason: &str,
     taken_over_by: Option<&str>,
 ) -> Result<()> {
+    if super::is_granting(claim_id) {
+        super::UNDONE.set(true);
+    }
     let arguments =
         [claim_id.into(), time::to_server(at)?.into(), reason.into(), taken_over_by.into()];
     db.run(&CLOSE, &arguments)?;

@@ -6,7 +6,7 @@ mod picture;
 pub mod reap;
 
 pub use acquire::acquire;
-pub use history::{close, discard, is_opening, lost, next_id, open, open_as};
+pub use history::{close, is_opening, lost, next_id, open_as, see_latest};
 pub use picture::{Picture, look};
 
 use std::cell::Cell;
@@ -14,6 +14,32 @@ use std::cell::Cell;
 thread_local! {
     /// The acquisition that is being given to its session by this backend right now.
     static GRANTING: Cell<Option<i64>> = const { Cell::new(None) };
+    /// Whether it has been ended meanwhile, by a trigger of the user's.
+    static UNDONE: Cell<bool> = const { Cell::new(false) };
+    /// Whether this backend is ending an acquisition in the way that the functions do.
+    static ENDING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether a session's row is being written by a statement of the extension's that ends a claim, and
+/// says when and why. The trigger that makes direct writes whole asks.
+pub fn is_ending() -> bool {
+    ENDING.get()
+}
+
+/// Marks such a statement until it is dropped, on an error as well.
+pub struct Ending(bool);
+
+impl Ending {
+    /// Begins.
+    pub fn new() -> Self {
+        Self(ENDING.replace(true))
+    }
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        ENDING.set(self.0);
+    }
 }
 
 /// From when on a row of claude_sessions may lose its claim to another session or to the reaper.
@@ -28,16 +54,25 @@ pub fn is_granting(claim_id: i64) -> bool {
 }
 
 /// Marks `claim_id` as being granted until it is dropped, on an error as well.
-struct Granting(Option<i64>);
+struct Granting {
+    before: Option<i64>,
+    was_undone: bool,
+}
 
 impl Granting {
     fn new(claim_id: i64) -> Self {
-        Self(GRANTING.replace(Some(claim_id)))
+        Self { before: GRANTING.replace(Some(claim_id)), was_undone: UNDONE.replace(false) }
+    }
+
+    /// Whether the acquisition was ended while it was being granted.
+    fn is_undone(&self) -> bool {
+        UNDONE.get()
     }
 }
 
 impl Drop for Granting {
     fn drop(&mut self) {
-        GRANTING.set(self.0);
+        GRANTING.set(self.before);
+        UNDONE.set(self.was_undone);
     }
 }

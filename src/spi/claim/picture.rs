@@ -44,7 +44,7 @@ pub struct Sd {
 static PICTURE: Statement = Statement::new(
     |c| {
         format!(
-            "SELECT s.session_id, s.status, s.owner_role::text, s.sd_id, s.claim_id,
+            "SELECT s.session_id, s.status, s.owner_role::oid, s.sd_id, s.claim_id,
                     s.claimed_at, s.track,
                     d.sd_id, d.status, d.is_terminal,
                     o.session_id, o.heartbeat_at, o.silent_until, o.stale_after, o.claimed_at,
@@ -74,7 +74,7 @@ pub fn look(db: &Db<'_>, session_id: Option<&str>, sd_id: &str) -> Result<Pictur
         Some(session_id) => Some(Session {
             session_id,
             status: row.required_text(2, "claude_sessions.status")?,
-            owner_role: row.required_text(3, "claude_sessions.owner_role")?,
+            owner_role: row.role(3, "claude_sessions.owner_role")?,
             claim: row.text(4)?.zip(row.bigint(5)?),
         }),
     };

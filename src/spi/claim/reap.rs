@@ -188,6 +188,7 @@ fn reap(db: &Db<'_>, candidate: &Candidate, policy: Policy) -> Result<bool> {
         return Ok(false);
     }
     let _reaping = Reaping::new(candidate.claim_id);
+    let _ending = super::Ending::new();
     let arguments = [
         candidate.session_id.as_str().into(),
         candidate.claim_id.into(),

@@ -1,6 +1,7 @@
 //! What a backlog needs around it: the normalised view, and triggers on the table.
 
 use super::Backlog;
+use super::partitions::{self, with_partitions};
 use crate::error::Result;
 use crate::spi::statement::Db;
 
@@ -109,7 +110,15 @@ pub fn attach_triggers(db: &Db<'_>, backlog: &Backlog, schema: &str) -> Result<(
     let changed = format!("ROW WHEN ({})", differ(&watched));
     create(finished, "AFTER UPDATE", &changed, "release_finished_directive")?;
     create(deleted, "AFTER DELETE", "ROW", "release_finished_directive")?;
-    create(truncated, "AFTER TRUNCATE", "STATEMENT", "release_truncated_directives")?;
+    for table in with_partitions(db, backlog.table_oid)? {
+        db.run_once(
+            &format!(
+                "CREATE TRIGGER {truncated} AFTER TRUNCATE ON {table} FOR EACH STATEMENT
+                 EXECUTE FUNCTION {schema}.release_truncated_directives()"
+            ),
+            &[],
+        )?;
+    }
 
     let mirror: Vec<_> = [&c.is_working_on, &c.active_session_id]
         .into_iter()
@@ -139,9 +148,9 @@ fn differ(pairs: &[(String, String)]) -> String {
 
 /// Makes the triggers of a user's table go by themselves when the extension is dropped.
 pub fn tie_triggers_to_extension(db: &Db<'_>, backlog: &Backlog) -> Result<()> {
-    for trigger in triggers_on(db, backlog)? {
+    for (trigger, table) in triggers_on(db, backlog)? {
         db.run_once(
-            &format!("ALTER TRIGGER {trigger} ON {} DEPENDS ON EXTENSION pg_claims", backlog.table),
+            &format!("ALTER TRIGGER {trigger} ON {table} DEPENDS ON EXTENSION pg_claims"),
             &[],
         )?;
     }
@@ -150,24 +159,14 @@ pub fn tie_triggers_to_extension(db: &Db<'_>, backlog: &Backlog) -> Result<()> {
 
 /// Takes the triggers off a backlog.
 pub fn detach_triggers(db: &Db<'_>, backlog: &Backlog) -> Result<()> {
-    for trigger in triggers_on(db, backlog)? {
-        db.run_once(&format!("DROP TRIGGER {trigger} ON {}", backlog.table), &[])?;
+    for (trigger, table) in triggers_on(db, backlog)? {
+        db.run_once(&format!("DROP TRIGGER {trigger} ON {table}"), &[])?;
     }
     Ok(())
 }
 
-fn triggers_on(db: &Db<'_>, backlog: &Backlog) -> Result<Vec<String>> {
-    let names: Vec<String> = TRIGGERS.map(String::from).into();
-    let rows = db.run_once(
-        "SELECT tgname::text FROM pg_catalog.pg_trigger
-          WHERE tgrelid = $1 AND NOT tgisinternal AND tgname = ANY ($2) ORDER BY tgname",
-        &[backlog.table_oid.into(), names.into()],
-    )?;
-    let mut found = Vec::new();
-    for row in rows {
-        found.extend(row.get::<String>(1)?);
-    }
-    Ok(found)
+fn triggers_on(db: &Db<'_>, backlog: &Backlog) -> Result<Vec<(String, String)>> {
+    partitions::triggers_on(db, backlog.table_oid, &TRIGGERS)
 }
 
 /// At installation: the view, and the triggers on the extension's own backlog.

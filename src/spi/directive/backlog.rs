@@ -136,10 +136,11 @@ impl Backlog {
             .columns
             .terminal_statuses
             .iter()
-            .map(|status| pgrx::spi::quote_literal(status.to_lowercase()))
+            .map(|status| pgrx::spi::quote_literal(status.to_ascii_lowercase()))
             .collect();
         format!(
-            "COALESCE(pg_catalog.lower({}) = ANY (ARRAY[{}]::text[]), false)",
+            // The letters A to Z only, in whatever locale, as the trigger does.
+            "COALESCE(pg_catalog.lower({} COLLATE pg_catalog.\"C\") = ANY (ARRAY[{}]::text[]), false)",
             self.status(),
             statuses.join(", ")
         )

@@ -136,7 +136,7 @@ fn remember(db: &Db<'_>, schema: &str, backlog: &Backlog) -> Result<()> {
             c.created_at.clone().into(),
             c.is_working_on.clone().into(),
             c.active_session_id.clone().into(),
-            identity::caller().into(),
+            identity::caller()?.name().into(),
         ],
     )?;
     Ok(())

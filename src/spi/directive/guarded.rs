@@ -2,9 +2,9 @@
 
 use pgrx::pg_sys;
 
+use super::partitions::{self, with_partitions};
 use super::table::TableFacts;
 use crate::error::{ClaimError, Purpose, Result};
-use crate::spi::row::Row;
 use crate::spi::statement::Db;
 
 /// The triggers. The server fires triggers in the order of their names: this one comes last among the
@@ -67,40 +67,9 @@ fn create(db: &Db<'_>, table: &str, trigger: &str, definition: &str) -> Result<(
 }
 
 fn take_off(db: &Db<'_>, table: pg_sys::Oid) -> Result<bool> {
-    let rows = db.run_once(
-        "SELECT t.tgname::text, pg_catalog.format('%I.%I', n.nspname, c.relname)
-           FROM pg_catalog.pg_trigger t
-           JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid
-           JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-          WHERE (t.tgrelid = $1 OR t.tgrelid IN (SELECT relid FROM pg_catalog.pg_partition_tree($1)))
-            AND t.tgname IN ($2, $3) AND t.tgparentid = 0 AND NOT t.tgisinternal",
-        &[table.into(), ROW_TRIGGER.into(), TRUNCATE_TRIGGER.into()],
-    )?;
-    let mut found = Vec::new();
-    for row in rows {
-        if let (Some(trigger), Some(on)) = (row.get::<String>(1)?, row.get::<String>(2)?) {
-            found.push((trigger, on));
-        }
-    }
+    let found = partitions::triggers_on(db, table, &[ROW_TRIGGER, TRUNCATE_TRIGGER])?;
     for (trigger, on) in &found {
         db.run_once(&format!("DROP TRIGGER {trigger} ON {on}"), &[])?;
     }
     Ok(!found.is_empty())
-}
-
-/// The table and its partitions.
-fn with_partitions(db: &Db<'_>, table: pg_sys::Oid) -> Result<Vec<String>> {
-    let mut rows = db.run_once(
-        "SELECT pg_catalog.format('%I.%I', n.nspname, c.relname)
-           FROM pg_catalog.pg_class c
-           JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-          WHERE c.oid = $1 OR c.oid IN (SELECT relid FROM pg_catalog.pg_partition_tree($1))
-          ORDER BY c.oid",
-        &[table.into()],
-    )?;
-    let mut found = Vec::new();
-    while rows.next().is_some() {
-        found.push(rows.required_text(1, "pg_class")?);
-    }
-    Ok(found)
 }

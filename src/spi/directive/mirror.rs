@@ -27,17 +27,18 @@ static LOCK: Statement = Statement::new(
     &[TEXTOID],
 );
 
-/// Writes who works on an SD ($2 NULL: nobody), where that is not what the row says already.
+/// Writes who works on an SD ($2 NULL: nobody), where that is not what the row says already. Returns
+/// whether the row then says so: a trigger of the user's may have its own way.
 static SYNC: Statement = Statement::new(
     |catalog| {
         over_mirror(catalog, |b, columns| {
             let assignments: Vec<_> = columns.iter().map(|(c, v)| format!("{c} = {v}")).collect();
             format!(
-                "UPDATE {} b SET {} WHERE {} = $1 AND ({}) RETURNING 1",
+                "UPDATE {} b SET {} WHERE {} = $1 AND ({differ}) RETURNING NOT ({differ})",
                 b.from,
                 assignments.join(", "),
                 b.canonical(),
-                differ(columns),
+                differ = differ(columns),
             )
         })
     },
@@ -87,13 +88,19 @@ fn over_backlog(catalog: &Catalog, nothing: &str, text: impl FnOnce(&Backlog) ->
 /// Locks the SDs against a concurrent claim, release, completion or deletion until the transaction
 /// ends, waiting for whoever is writing them now. In the order of their ids, so that two callers
 /// with the same SDs cannot wait for each other.
-pub fn lock(db: &Db<'_>, mut sd_ids: Vec<String>) -> Result<()> {
-    catalog::lock_history(db)?;
+///
+/// Returns those that were locked. A row that whoever was waited for has deleted or replaced is not:
+/// look again.
+pub fn lock(db: &Db<'_>, mut sd_ids: Vec<String>) -> Result<Vec<String>> {
+    catalog::lock_backlog(db)?;
     sd_ids.sort();
+    let mut locked = Vec::with_capacity(sd_ids.len());
     for sd_id in sd_ids {
-        run_as_owner(db, &LOCK, &[sd_id.into()])?;
+        if run_as_owner(db, &LOCK, &[sd_id.as_str().into()])? > 0 {
+            locked.push(sd_id);
+        }
     }
-    Ok(())
+    Ok(locked)
 }
 
 static TRY_LOCK: Statement = Statement::new(
@@ -121,7 +128,7 @@ static EXISTS: Statement = Statement::new(
 /// Locks the SD like [`lock`], unless somebody else is writing it: then false. An SD that the
 /// backlog does not have cannot be written by anybody.
 pub fn try_lock(db: &Db<'_>, sd_id: &str) -> Result<bool> {
-    catalog::lock_history(db)?;
+    catalog::lock_backlog(db)?;
     Ok(run_as_owner(db, &TRY_LOCK, &[sd_id.into()])? > 0
         || run_as_owner(db, &EXISTS, &[sd_id.into()])? == 0)
 }
@@ -164,15 +171,19 @@ pub fn sync(db: &Db<'_>, sd_id: &str, session_id: Option<&str>) -> Result<()> {
     let _syncing =
         Syncing::new(Target { sd_id: sd_id.to_owned(), session_id: session_id.map(str::to_owned) });
     let arguments = [sd_id.into(), session_id.into()];
-    if run_as_owner(db, &SYNC, &arguments)? > 0 {
-        return fire_deferred_triggers(db);
-    }
-    // Nothing was written: it says so already, the SD is gone, or a trigger of the user's has
-    // swallowed the write.
-    if run_as_owner(db, &DISAGREES, &arguments)? > 0 {
+    let written = as_owner(db, |db| {
+        let rows = db.run(&SYNC, &arguments)?;
+        if rows.is_empty() { Ok(None) } else { rows.first().flag(1).map(Some) }
+    })?;
+    let refused = match written {
+        Some(as_asked) => !as_asked,
+        // It says so already, the SD is gone, or a trigger of the user's has swallowed the write.
+        None => run_as_owner(db, &DISAGREES, &arguments)? > 0,
+    };
+    if refused {
         return Err(ClaimError::MirrorRefused { sd_id: sd_id.to_owned() });
     }
-    Ok(())
+    if written.is_some() { fire_deferred_triggers(db) } else { Ok(()) }
 }
 
 /// Until PostgreSQL 18 a deferred trigger runs with the rights of whoever commits: a caller's, or the
@@ -205,13 +216,18 @@ fn run_as_owner(
     statement: &'static Statement,
     arguments: &[DatumWithOid<'_>],
 ) -> Result<usize> {
+    as_owner(db, |db| Ok(db.run(statement, arguments)?.len()))
+}
+
+/// Does `work` with the rights of the backlog's owner.
+fn as_owner<R>(db: &Db<'_>, work: impl FnOnce(&Db<'_>) -> Result<R>) -> Result<R> {
     // The catalogue is read before acting as the owner, who may not read it all.
     let catalog = db.catalog()?;
     let _acting = catalog
         .backlog
         .as_ref()
         .map(|backlog| ActingAs::table_owner(backlog.owner, &backlog.search_path));
-    Ok(db.run(statement, arguments)?.len())
+    work(db)
 }
 
 static TITLE: Statement = Statement::new(

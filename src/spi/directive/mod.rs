@@ -6,6 +6,7 @@ mod bind;
 mod columns;
 mod guarded;
 mod mirror;
+mod partitions;
 mod table;
 
 pub use attach::{attach_own, rebuild_view};

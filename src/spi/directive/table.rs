@@ -51,7 +51,8 @@ impl TableFacts {
         // A domain counts as the type that it is made of.
         for row in db.run_once(
             "SELECT a.attname::text, pg_catalog.format_type(b.oid, COALESCE(NULLIF(t.typtypmod, -1), a.atttypmod)),
-                    b.typtype = 'e', b.typtype = 'b' AND b.typnamespace = 'pg_catalog'::pg_catalog.regnamespace
+                    b.typtype = 'e', b.typtype = 'b' AND b.typnamespace = 'pg_catalog'::pg_catalog.regnamespace,
+                    a.attgenerated <> '', a.attnotnull OR t.typnotnull
                FROM pg_catalog.pg_attribute a
                JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
                JOIN pg_catalog.pg_type b ON b.oid = COALESCE(NULLIF(t.typbasetype, 0), t.oid)
@@ -63,6 +64,8 @@ impl TableFacts {
                 sql_type: required(row.get(2)?, "pg_attribute")?,
                 is_enum: required(row.get(3)?, "pg_type")?,
                 is_built_in: required(row.get(4)?, "pg_type")?,
+                is_generated: required(row.get(5)?, "pg_attribute")?,
+                is_not_null: required(row.get(6)?, "pg_attribute")?,
             });
         }
         let mut unique = Vec::new();
@@ -91,11 +94,11 @@ impl TableFacts {
     }
 
     pub fn check_owner(&self, db: &Db<'_>) -> Result<()> {
-        let caller = identity::caller();
+        let caller = identity::caller()?;
         let owns = db
             .run_once(
-                "SELECT pg_catalog.pg_has_role($1::name, $2::name, 'USAGE')",
-                &[caller.clone().into(), self.owner.clone().into()],
+                "SELECT pg_catalog.pg_has_role($1, $2::name, 'USAGE')",
+                &[caller.0.into(), self.owner.clone().into()],
             )?
             .first()
             .flag(1)?;
@@ -119,12 +122,19 @@ impl TableFacts {
                 AND d.deptype = 'e'",
             &[self.oid.into()],
         )?;
-        if unfit.is_empty() && matches!(self.kind.as_str(), "r" | "p") {
+        let is_temporary = db
+            .run_once(
+                "SELECT relpersistence = 't' FROM pg_catalog.pg_class WHERE oid = $1",
+                &[self.oid.into()],
+            )?
+            .first()
+            .flag(1)?;
+        if unfit.is_empty() && !is_temporary && matches!(self.kind.as_str(), "r" | "p") {
             return Ok(());
         }
         Err(self.refuse(
             PgSqlErrorCode::ERRCODE_WRONG_OBJECT_TYPE,
-            "Only an ordinary table, or a partitioned one without foreign partitions, will do, and none of the extension's own.".into(),
+            "Only an ordinary table that is not temporary, or a partitioned one without foreign partitions, will do, and none of the extension's own.".into(),
             "Name the table itself rather than a view of it; unbind_directives() returns to the extension's own backlog.",
         ))
     }
@@ -167,6 +177,14 @@ impl TableFacts {
             self.expect(column, ColumnFacts::reads_as_text, "a built-in type or an enum")?;
         }
         self.expect(&columns.is_working_on, |c| c.sql_type == "boolean", "boolean")?;
+        let writable = |c: &ColumnFacts| !c.is_generated;
+        self.expect(&columns.is_working_on, writable, "writable, not generated")?;
+        self.expect(&columns.active_session_id, writable, "writable, not generated")?;
+        self.expect(
+            &columns.active_session_id,
+            |c| !c.is_not_null,
+            "such that it can be NULL, for an SD that nobody works on",
+        )?;
         let id = "text, or varchar of 200 or more";
         self.expect(&columns.active_session_id, |c| holds_session_id(&c.sql_type), id)?;
         self.expect(&columns.rank, |c| is_numeric(&c.sql_type), "a number")?;
@@ -298,6 +316,8 @@ struct ColumnFacts {
     sql_type: String,
     is_enum: bool,
     is_built_in: bool,
+    is_generated: bool,
+    is_not_null: bool,
 }
 
 impl ColumnFacts {

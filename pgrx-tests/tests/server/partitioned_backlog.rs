@@ -1,0 +1,84 @@
+//! A bound backlog in partitions.
+
+use pg_claims_tests::{TestDb, sqlstate};
+use postgres::Client;
+
+use crate::support::*;
+
+fn partitioned() -> (TestDb, Client) {
+    let (db, mut c) = coordinated();
+    c.batch_execute(
+        "CREATE TABLE parts (key text, status text DEFAULT 'open', is_working_on boolean, active_session_id text,
+                             team integer, PRIMARY KEY (key, team)) PARTITION BY LIST (team);
+         CREATE TABLE parts_1 PARTITION OF parts FOR VALUES IN (1);
+         CREATE TABLE parts_2 PARTITION OF parts FOR VALUES IN (2);
+         CREATE UNIQUE INDEX ON parts_1 (key); CREATE UNIQUE INDEX ON parts_2 (key);
+         INSERT INTO parts (key, team) VALUES ('A', 1), ('B', 2), ('C', 1)",
+    )
+    .unwrap();
+    (db, c)
+}
+
+/// By hash of the key, which alone can be unique over all partitions.
+fn hashed() -> (TestDb, Client) {
+    let (db, mut c) = coordinated();
+    c.batch_execute(
+        "CREATE TABLE parts (key text PRIMARY KEY, status text DEFAULT 'open', is_working_on boolean,
+                             active_session_id text) PARTITION BY HASH (key);
+         CREATE TABLE parts_0 PARTITION OF parts FOR VALUES WITH (MODULUS 2, REMAINDER 0);
+         CREATE TABLE parts_1 PARTITION OF parts FOR VALUES WITH (MODULUS 2, REMAINDER 1);
+         INSERT INTO parts SELECT 'K-' || n FROM generate_series(1, 20) n;
+         SELECT bind_directives('parts', '{key}')",
+    )
+    .unwrap();
+    (db, c)
+}
+
+/// A key in the partition of that number.
+fn key_in(c: &mut Client, partition: i32) -> String {
+    value(c, &format!("SELECT min(key) FROM parts_{partition}")).unwrap()
+}
+
+#[test]
+fn claims_completions_and_deletions_work_across_partitions() {
+    let (_db, mut c) = hashed();
+    let (here, there) = (key_in(&mut c, 0), key_in(&mut c, 1));
+    granted(&mut c, &here, "s1");
+    granted(&mut c, &there, "s2");
+    assert_in_step(&mut c);
+    c.batch_execute(&format!("UPDATE parts SET status = 'completed' WHERE key = '{here}'; DELETE FROM parts_1 WHERE key = '{there}'"))
+        .unwrap();
+    assert_eq!(count(&mut c, "SELECT count(*) FROM claude_sessions WHERE sd_id IS NOT NULL"), 0);
+    assert_in_step(&mut c);
+    c.batch_execute("SELECT unbind_directives()").unwrap();
+    assert_eq!(
+        count(
+            &mut c,
+            "SELECT count(*) FROM pg_trigger WHERE tgrelid IN ('parts'::regclass, 'parts_0'::regclass, 'parts_1'::regclass) AND NOT tgisinternal"
+        ),
+        0
+    );
+}
+
+#[test]
+fn truncating_one_partition_releases_its_sds_and_no_others() {
+    let (_db, mut c) = hashed();
+    let (here, there) = (key_in(&mut c, 0), key_in(&mut c, 1));
+    granted(&mut c, &here, "s1");
+    let kept = granted(&mut c, &there, "s2");
+    c.batch_execute("TRUNCATE parts_0").unwrap();
+    assert_eq!(beat(&mut c, "s1")["lost_claim"]["reason"], "sd_deleted");
+    assert_eq!(beat(&mut c, "s2")["claim_id"], kept);
+    assert_in_step(&mut c);
+    c.batch_execute("TRUNCATE parts").unwrap();
+    assert_eq!(beat(&mut c, "s2")["lost_claim"]["reason"], "sd_deleted");
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn an_sd_that_moves_to_another_partition_stays_claimed() {
+    let (_db, mut c) = partitioned();
+    // A key that is unique in each partition only cannot be kept unique by the binding.
+    let error = c.batch_execute("SELECT bind_directives('parts', '{key}')").unwrap_err();
+    assert_eq!(sqlstate(&error), "0A000", "{error:?}");
+}
