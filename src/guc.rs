@@ -12,6 +12,7 @@ use pg_claims_core::lease::Rules;
 use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting, PostgresGucEnum};
 
 use crate::service;
+use crate::spi::time;
 
 const MINUTE: i32 = 60;
 const HOUR: i32 = 60 * MINUTE;
@@ -170,7 +171,11 @@ pub fn lease_rules() -> Rules {
 }
 
 fn in_service_since() -> Option<DateTime<Utc>> {
-    if RESTART_GRACE.get() { service::since() } else { None }
+    if !RESTART_GRACE.get() {
+        return None;
+    }
+    // Where the clock was set back after the start, the grace would last until it catches up.
+    service::since().filter(|since| *since <= time::now())
 }
 
 /// The shortest and the longest lease that a session may ask for.

@@ -106,7 +106,8 @@ CREATE TABLE lifecycle_event_positions (
 CREATE TABLE event_frontier (
     is_frontier   boolean  NOT NULL DEFAULT true,
     scanned_to    bigint   NOT NULL DEFAULT 0,
-    gaps          bigint[] NOT NULL DEFAULT '{}',
+    gaps_first    bigint[] NOT NULL DEFAULT '{}',
+    gaps_last     bigint[] NOT NULL DEFAULT '{}',
     gaps_before   bigint[] NOT NULL DEFAULT '{}',
     announced_to  bigint   NOT NULL DEFAULT 0,
     CONSTRAINT event_frontier_pkey PRIMARY KEY (is_frontier),

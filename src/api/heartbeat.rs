@@ -1,5 +1,7 @@
 //! Signs of life: heartbeats, announced silence, progress.
 
+use std::collections::HashSet;
+
 use chrono::TimeDelta;
 use pg_claims_core::age;
 use pg_claims_core::outcome::Refusal;
@@ -71,6 +73,7 @@ fn not_held(db: &Db<'_>, session_id: &str, named: Option<i64>) -> Result<Refusal
 #[search_path(pg_catalog, pg_temp)]
 fn heartbeat_sessions(p_session_ids: Option<Vec<Option<String>>>) -> Result<JsonB, ErrorReport> {
     let mut session_ids: Vec<String> = Vec::new();
+    let mut known: HashSet<&str> = HashSet::new();
     let given = p_session_ids.ok_or_else(|| ClaimError::InvalidArgument {
         argument: "p_session_ids",
         reason: "must not be NULL".into(),
@@ -79,7 +82,7 @@ fn heartbeat_sessions(p_session_ids: Option<Vec<Option<String>>>) -> Result<Json
     for session_id in &given {
         let session_id = checked_id("p_session_ids", session_id.as_deref())?;
         // A session that is named twice beats once and is answered once.
-        if !session_ids.iter().any(|known| known == session_id) {
+        if known.insert(session_id) {
             session_ids.push(session_id.to_owned());
         }
     }

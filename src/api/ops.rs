@@ -10,6 +10,7 @@ use crate::error::{ClaimError, Result};
 use crate::guc;
 use crate::spi::claim::reap::{self, Policy};
 use crate::spi::{Db, order, prune, time};
+use crate::worker::wake;
 
 /// How many events a call puts in order and announces.
 const EVENT_BATCH: i32 = 10_000;
@@ -33,6 +34,8 @@ fn cleanup_stale_sessions(
     }
     let batch = checked_batch(p_batch_size)?;
     let policy = Policy { reap: true, min_silence: TimeDelta::seconds(i64::from(threshold)) };
+    // The worker passes by what this holds, and must look again afterwards.
+    wake::at_commit();
     let reaped = Db::connect(|db| {
         let reaped = reap_up_to(db, policy, batch)?;
         order::append_visible(db, EVENT_BATCH)?;
@@ -77,6 +80,7 @@ fn prune_history(p_batch_size: default!(Option<i32>, "1000")) -> Result<JsonB, E
     let batch = checked_batch(p_batch_size)?;
     let limit =
         guc::history_retention().and_then(|retention| time::now().checked_sub_signed(retention));
+    wake::at_commit();
     let (claims, events, sessions) = Db::connect(|db| {
         order::append_visible(db, EVENT_BATCH)?;
         let Some(limit) = limit else { return Ok((0, 0, 0)) };

@@ -10,7 +10,7 @@ use pgrx::prelude::*;
 use super::{answer, check_may_act_for, reason_or, shared};
 use crate::error::{ClaimError, Result, checked_id};
 use crate::spi::session::{self, Registration};
-use crate::spi::{Db, directive, grant, manager, time};
+use crate::spi::{Db, directive, grant, time};
 use crate::{guc, identity};
 
 #[pg_extern(volatile, parallel_unsafe, security_definer)]
@@ -122,7 +122,6 @@ fn end(db: &Db<'_>, session_id: &str, reason: &str) -> Result<JsonB> {
         let unasked = identity::caller()? != found.owner_role;
         if let Some(mut state) = session::end(db, session_id, claim_id, reason, unasked)? {
             state.released_sd = sd_id;
-            manager::forget_session(db, session_id)?;
             return answer(Ok(state));
         }
     }

@@ -8,13 +8,15 @@
 //! It relies on one thing: a transaction has its transaction id before it draws a number. An event
 //! is recorded after the change that it tells of, so that is so.
 
-/// A number that was passed over.
+/// Successive numbers that were passed over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Gap {
-    /// The number.
-    pub event_id: i64,
-    /// The first transaction id that was not yet given out when the number was passed: whoever drew
-    /// the number has a lower one.
+    /// The first of them.
+    pub first: i64,
+    /// The last of them.
+    pub last: i64,
+    /// The first transaction id that was not yet given out when they were passed: whoever drew one
+    /// of them has a lower one.
     pub before_xid: i64,
 }
 
@@ -41,21 +43,46 @@ impl Frontier {
     /// Takes in `seen`, in the order of their numbers: all events that a snapshot of `moment` shows
     /// among the gaps, and as many of the first ones above `scanned_to` as were asked for.
     pub fn advance(&mut self, seen: &[i64], moment: Moment) {
-        let before = self.scanned_to;
-        // A gap from beyond the present belongs to another server's count, before a restore; its
-        // transaction is not in the dump and never will be here.
-        self.gaps.retain(|gap| {
-            gap.before_xid > moment.xmin
-                && gap.before_xid <= moment.next_xid
-                && seen.binary_search(&gap.event_id).is_err()
-        });
-        for &event_id in seen.iter().filter(|event_id| **event_id > before) {
-            self.gaps.extend(
-                (self.scanned_to + 1..event_id)
-                    .map(|event_id| Gap { event_id, before_xid: moment.next_xid }),
-            );
+        let split = seen.partition_point(|event_id| *event_id <= self.scanned_to);
+        let (late, new) = seen.split_at(split);
+        self.gaps = self
+            .gaps
+            .iter()
+            // A gap from beyond the present belongs to another server's count, before a restore; its
+            // transaction is not in the dump and never will be here.
+            .filter(|gap| gap.before_xid > moment.xmin && gap.before_xid <= moment.next_xid)
+            .flat_map(|gap| gap.without(late))
+            .collect();
+        for &event_id in new {
+            if event_id > self.scanned_to + 1 {
+                self.gaps.push(Gap {
+                    first: self.scanned_to + 1,
+                    last: event_id - 1,
+                    before_xid: moment.next_xid,
+                });
+            }
             self.scanned_to = event_id;
         }
+    }
+}
+
+impl Gap {
+    /// What is left of the gap without the numbers that have appeared.
+    fn without(self, appeared: &[i64]) -> Vec<Self> {
+        let from = appeared.partition_point(|event_id| *event_id < self.first);
+        let to = appeared.partition_point(|event_id| *event_id <= self.last);
+        let mut rest = Vec::new();
+        let mut first = self.first;
+        for event_id in appeared.get(from..to).unwrap_or_default() {
+            if *event_id > first {
+                rest.push(Self { first, last: event_id - 1, ..self });
+            }
+            first = event_id + 1;
+        }
+        if first <= self.last {
+            rest.push(Self { first, ..self });
+        }
+        rest
     }
 }
 
@@ -68,7 +95,7 @@ mod tests {
     fn a_number_that_appears_late_is_still_awaited_and_then_done_with() {
         let mut frontier = Frontier::default();
         frontier.advance(&[1, 3], Moment { xmin: 100, next_xid: 102 });
-        assert_eq!(frontier.gaps, [Gap { event_id: 2, before_xid: 102 }]);
+        assert_eq!(frontier.gaps, [Gap { first: 2, last: 2, before_xid: 102 }]);
         frontier.advance(&[2, 4], Moment { xmin: 103, next_xid: 103 });
         assert_eq!(frontier, Frontier { scanned_to: 4, gaps: vec![] });
     }
@@ -85,10 +112,22 @@ mod tests {
 
     #[test]
     fn another_server_s_transaction_ids_do_not_keep_a_gap_for_ever() {
-        let mut frontier =
-            Frontier { scanned_to: 9, gaps: vec![Gap { event_id: 5, before_xid: 9_000_000 }] };
+        let mut frontier = Frontier {
+            scanned_to: 9,
+            gaps: vec![Gap { first: 5, last: 7, before_xid: 9_000_000 }],
+        };
         frontier.advance(&[], Moment { xmin: 700, next_xid: 700 });
         assert!(frontier.gaps.is_empty());
+    }
+
+    #[test]
+    fn a_great_leap_is_one_gap_and_what_appears_within_it_divides_it() {
+        let mut frontier = Frontier::default();
+        frontier.advance(&[1_000_000_000], Moment { xmin: 100, next_xid: 102 });
+        assert_eq!(frontier.gaps.len(), 1);
+        frontier.advance(&[1, 500, 501], Moment { xmin: 101, next_xid: 103 });
+        let gap = |first, last| Gap { first, last, before_xid: 102 };
+        assert_eq!(frontier.gaps, [gap(2, 499), gap(502, 999_999_999)]);
     }
 
     /// A small generator, so that a failing run can be repeated from its seed.
@@ -120,7 +159,8 @@ mod tests {
                         committed: &BTreeSet<i64>,
                         next_xid: i64,
                         limit: usize| {
-                let awaited = |id: &i64| frontier.gaps.iter().any(|gap| gap.event_id == *id);
+                let awaited =
+                    |id: &i64| frontier.gaps.iter().any(|gap| (gap.first..=gap.last).contains(id));
                 let late = committed.iter().copied().filter(awaited);
                 let new = committed.range(frontier.scanned_to + 1..).copied().take(limit);
                 let seen: Vec<i64> = late.chain(new).collect();

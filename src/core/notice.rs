@@ -19,7 +19,7 @@ pub struct Notice {
     pub event: String,
     /// The session that it happened to.
     pub session_id: String,
-    /// The SD.
+    /// The SD; null if there is none, or its id is too long to be sent.
     pub sd_id: Option<String>,
     /// The fencing token of the acquisition.
     pub claim_id: Option<i64>,
@@ -48,6 +48,12 @@ impl Notice {
             return Ok(payload);
         }
         self.detail = Value::Null;
+        let payload = serde_json::to_string(&self)?;
+        if payload.len() <= MAX_BYTES {
+            return Ok(payload);
+        }
+        // A bound backlog's keys may be of any length: `lifecycle_events_since` tells them.
+        self.sd_id = None;
         serde_json::to_string(&self)
     }
 }
@@ -95,5 +101,13 @@ mod tests {
         let read: Value = serde_json::from_str(&payload).unwrap();
         assert!(read["reason"].as_str().unwrap().ends_with('…'));
         assert_eq!(read["detail"], Value::Null);
+        assert_eq!(read["sd_id"].as_str().unwrap().chars().count(), 200);
+    }
+
+    #[test]
+    fn an_id_of_whatever_length_blocks_nothing() {
+        let endless = Notice { sd_id: Some("x".repeat(9000)), ..notice() };
+        let read: Value = serde_json::from_str(&endless.payload().unwrap()).unwrap();
+        assert_eq!((&read["sd_id"], &read["id"]), (&Value::Null, &json!(7)));
     }
 }

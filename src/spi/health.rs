@@ -83,14 +83,17 @@ static IS_BUSY: Statement = Statement::new(
         format!(
             "SELECT EXISTS (SELECT FROM {x}.claude_sessions
                              WHERE sd_id IS NOT NULL AND status = 'active')
-                 OR EXISTS (SELECT FROM {x}.heartbeat_connections)",
+                 OR EXISTS (SELECT FROM {x}.heartbeat_connections)
+                 OR EXISTS (SELECT FROM pg_catalog.pg_prepared_xacts
+                             WHERE database = pg_catalog.current_database())",
             x = c.schema
         )
     },
     &[],
 );
 
-/// Whether there is anything that time alone may change: an open claim, a connection to beat for.
+/// Whether there is anything that time alone may change: an open claim, a connection to beat for, a
+/// prepared transaction, whose commit nobody announces.
 pub fn is_busy(db: &Db<'_>) -> Result<bool> {
     db.run(&IS_BUSY, &[])?.first().flag(1)
 }

@@ -2,9 +2,10 @@
 //!
 //! A connection is its process, by number and start: numbers are reused.
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use pg_claims_core::age;
 use pg_claims_core::manager::Managed;
+use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys;
 use pgrx::pg_sys::BuiltinOid::{FLOAT8OID, INT4OID, TEXTOID, TIMESTAMPTZOID};
 use pgrx::spi::SpiTupleTable;
@@ -147,22 +148,51 @@ static DUE: Statement = Statement::new(
     |c| {
         format!(
             "SELECT c.backend_pid, c.backend_start, c.session_id
-               FROM {}.heartbeat_connections c
+               FROM {x}.heartbeat_connections c
+               LEFT JOIN {x}.claude_sessions s ON s.session_id = c.session_id
               WHERE c.given_up_at IS NULL
                 AND (c.last_attempt_at IS NULL
-                     OR c.last_attempt_at <= pg_catalog.clock_timestamp()
-                                             - pg_catalog.make_interval(secs => $1))
+                     OR c.last_attempt_at
+                        <= pg_catalog.clock_timestamp()
+                           - pg_catalog.make_interval(secs => {DUE_AT} * {INTERVAL}))
               ORDER BY c.session_id",
-            c.schema
+            x = c.schema
         )
     },
-    &[FLOAT8OID],
+    &[FLOAT8OID, FLOAT8OID],
 );
+
+/// The interval of a connection's heartbeat in seconds: the setting ($1) or, where that would be too
+/// long for its session's lease (its own, or the usual $2), a third of that.
+const INTERVAL: &str = "LEAST($1, COALESCE(EXTRACT(EPOCH FROM s.stale_after)::float8, $2) / 3)";
+
+static SHORTEST: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT pg_catalog.min({INTERVAL})
+               FROM {x}.heartbeat_connections c
+               LEFT JOIN {x}.claude_sessions s ON s.session_id = c.session_id
+              WHERE c.given_up_at IS NULL",
+            x = c.schema
+        )
+    },
+    &[FLOAT8OID, FLOAT8OID],
+);
+
+/// The shortest interval of all heartbeats, if there are any.
+pub fn shortest_interval(db: &Db<'_>) -> Result<Option<TimeDelta>> {
+    let seconds: Option<f64> = db.run(&SHORTEST, &intervals())?.first().get(1)?;
+    Ok(seconds.map(|seconds| TimeDelta::milliseconds((seconds * 1000.0) as i64)))
+}
+
+fn intervals<'a>() -> [DatumWithOid<'a>; 2] {
+    let usual_lease = guc::lease_rules().stale_after;
+    [age::seconds(guc::heartbeat_interval()).into(), age::seconds(usual_lease).into()]
+}
 
 /// The connections whose heartbeat is due.
 pub fn due(db: &Db<'_>) -> Result<Vec<Due>> {
-    let passed = age::seconds(guc::heartbeat_interval()) * DUE_AT;
-    read_connections(db.run(&DUE, &[passed.into()])?)
+    read_connections(db.run(&DUE, &intervals())?)
 }
 
 fn read_connections(mut rows: SpiTupleTable<'_>) -> Result<Vec<Due>> {

@@ -34,7 +34,7 @@ static BEGIN: Statement = Statement::new(
 static HOLD: Statement = Statement::new(
     |c| {
         format!(
-            "SELECT scanned_to, gaps, gaps_before, announced_to
+            "SELECT scanned_to, gaps_first, gaps_last, gaps_before, announced_to
                FROM {}.event_frontier FOR NO KEY UPDATE SKIP LOCKED",
             c.schema
         )
@@ -59,11 +59,12 @@ fn hold(db: &Db<'_>) -> Result<Option<(Frontier, i64)>> {
     let gaps = list(2)?
         .into_iter()
         .zip(list(3)?)
-        .map(|(event_id, before_xid)| Gap { event_id, before_xid })
+        .zip(list(4)?)
+        .map(|((first, last), before_xid)| Gap { first, last, before_xid })
         .collect();
     let frontier =
         Frontier { scanned_to: row.required_bigint(1, "event_frontier.scanned_to")?, gaps };
-    Ok(Some((frontier, row.required_bigint(4, "event_frontier.announced_to")?)))
+    Ok(Some((frontier, row.required_bigint(5, "event_frontier.announced_to")?)))
 }
 
 // One statement, so that events and transaction id are those of one snapshot.
@@ -71,14 +72,18 @@ static LOOK: Statement = Statement::new(
     |c| {
         format!(
             "SELECT pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text::bigint,
+                    ARRAY(SELECT e.event_id
+                            FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3))
+                                 AS gap(first, last)
+                            JOIN {x}.session_lifecycle_events e
+                              ON e.event_id BETWEEN gap.first AND gap.last
+                           ORDER BY e.event_id),
                     ARRAY(SELECT event_id FROM {x}.session_lifecycle_events
-                           WHERE event_id = ANY ($2) ORDER BY event_id),
-                    ARRAY(SELECT event_id FROM {x}.session_lifecycle_events
-                           WHERE event_id > $1 ORDER BY event_id LIMIT $3)",
+                           WHERE event_id > $1 ORDER BY event_id LIMIT $4)",
             x = c.schema
         )
     },
-    &[INT8OID, INT8ARRAYOID, INT4OID],
+    &[INT8OID, INT8ARRAYOID, INT8ARRAYOID, INT4OID],
 );
 
 static APPEND: Statement = Statement::new(
@@ -96,11 +101,12 @@ static APPEND: Statement = Statement::new(
 static KEEP: Statement = Statement::new(
     |c| {
         format!(
-            "UPDATE {}.event_frontier SET scanned_to = $1, gaps = $2, gaps_before = $3",
+            "UPDATE {}.event_frontier
+                SET scanned_to = $1, gaps_first = $2, gaps_last = $3, gaps_before = $4",
             c.schema
         )
     },
-    &[INT8OID, INT8ARRAYOID, INT8ARRAYOID],
+    &[INT8OID, INT8ARRAYOID, INT8ARRAYOID, INT8ARRAYOID],
 );
 
 /// Appends up to `limit` events that have become visible to the order, and those that were awaited.
@@ -110,8 +116,9 @@ pub fn append_visible(db: &Db<'_>, limit: i32) -> Result<usize> {
         return Ok(0);
     };
     let before = frontier.clone();
-    let awaited: Vec<i64> = frontier.gaps.iter().map(|gap| gap.event_id).collect();
-    let row = db.run(&LOOK, &[frontier.scanned_to.into(), awaited.into(), limit.into()])?.first();
+    let (first, last) = bounds(&frontier);
+    let arguments = [frontier.scanned_to.into(), first.into(), last.into(), limit.into()];
+    let row = db.run(&LOOK, &arguments)?.first();
     let moment =
         Moment { xmin: row.required_bigint(1, "pg_current_snapshot()")?, next_xid: next_xid() };
     let list = |position| -> Result<Vec<i64>> {
@@ -124,11 +131,17 @@ pub fn append_visible(db: &Db<'_>, limit: i32) -> Result<usize> {
         db.run(&APPEND, &[seen.clone().into()])?;
     }
     if frontier != before {
-        let (gaps, gaps_before): (Vec<i64>, Vec<i64>) =
-            frontier.gaps.iter().map(|gap| (gap.event_id, gap.before_xid)).unzip();
-        db.run(&KEEP, &[frontier.scanned_to.into(), gaps.into(), gaps_before.into()])?;
+        let (first, last) = bounds(&frontier);
+        let before: Vec<i64> = frontier.gaps.iter().map(|gap| gap.before_xid).collect();
+        let kept = [frontier.scanned_to.into(), first.into(), last.into(), before.into()];
+        db.run(&KEEP, &kept)?;
     }
     Ok(seen.len())
+}
+
+/// The gaps' first and last numbers.
+fn bounds(frontier: &Frontier) -> (Vec<i64>, Vec<i64>) {
+    frontier.gaps.iter().map(|gap| (gap.first, gap.last)).unzip()
 }
 
 /// The transaction id that is given out next.

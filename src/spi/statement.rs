@@ -10,6 +10,7 @@ use pgrx::spi::{OwnedPreparedStatement, SpiClient, SpiTupleTable};
 
 use super::catalog::{self, Catalog};
 use crate::error::{ClaimError, Result};
+use crate::worker::wake;
 
 /// A statement: its text, which depends on where the extension and its backlog are, and the types
 /// of its parameters.
@@ -45,6 +46,7 @@ pub struct Db<'conn> {
 impl Db<'_> {
     /// Connects for the length of `work`: one connection serves a whole call.
     pub fn connect<R>(work: impl FnOnce(&Db<'_>) -> Result<R>) -> Result<R> {
+        wake::keep();
         Spi::connect(|client| work(&Db { client }))
     }
 

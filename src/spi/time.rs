@@ -21,6 +21,12 @@ pub fn has_transaction_snapshot() -> bool {
     unsafe { pg_sys::XactIsoLevel >= pg_sys::XACT_REPEATABLE_READ as i32 }
 }
 
+/// Whether the transaction may not write.
+pub fn is_read_only() -> bool {
+    // SAFETY: reads a variable of this backend.
+    unsafe { pg_sys::XactReadOnly }
+}
+
 /// A server timestamp; `infinity` and what chrono cannot hold become the ends of its range.
 pub fn from_server(timestamp: TimestampWithTimeZone) -> DateTime<Utc> {
     from_microseconds(timestamp.into_inner())

@@ -10,7 +10,7 @@ use super::session::claimed_by_another;
 use super::{Row, SessionRow, is_restoring, run, session_rows};
 use crate::error::{ClaimError, Result};
 use crate::spi::event::{self, Event, EventType};
-use crate::spi::{Db, claim, session, time};
+use crate::spi::{Db, claim, manager, session, time};
 
 /// The reason recorded for an acquisition that its session gave up for another.
 const SWITCHED: &str = "switched";
@@ -71,7 +71,10 @@ fn updated(db: &Db<'_>, old: &SessionRow, new: &SessionRow) -> Result<()> {
     match (old.status.as_str(), new.status.as_str()) {
         ("released", "released") => Ok(()),
         ("released", _) => event::record(db, of_session(EventType::Resumed, new, None)),
-        (_, "released") => event::record(db, of_session(EventType::Ended, new, reason)),
+        (_, "released") => {
+            manager::forget_session(db, &new.session_id)?;
+            event::record(db, of_session(EventType::Ended, new, reason))
+        }
         _ => Ok(()),
     }
 }
@@ -79,6 +82,7 @@ fn updated(db: &Db<'_>, old: &SessionRow, new: &SessionRow) -> Result<()> {
 fn deleted(db: &Db<'_>, old: &SessionRow) -> Result<()> {
     const REASON: &str = "session_deleted";
     ended(db, old, time::now(), REASON, None)?;
+    manager::forget_session(db, &old.session_id)?;
     if old.status == "released" {
         return Ok(());
     }

@@ -7,6 +7,7 @@
 use std::cell::Cell;
 use std::ffi::{CStr, CString};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use pgrx::pg_sys;
 
@@ -34,6 +35,10 @@ pub struct Control {
     closed: AtomicBool,
     /// The list of databases is out of date.
     rescan: AtomicBool,
+    /// Some database waits for a worker because too many run: those that run should not stay.
+    crowded: AtomicBool,
+    /// No worker could be started, as no slot of the server's was free.
+    starved: AtomicBool,
     launcher_latch: AtomicUsize,
     slots: [Slot; MAX_DATABASES],
 }
@@ -48,8 +53,9 @@ pub struct Slot {
     pending: AtomicBool,
     /// A worker is there, or is being started.
     running: AtomicBool,
-    /// Time alone may change something, so that the worker must come back by itself.
-    busy: AtomicBool,
+    /// After how many milliseconds the worker must come back by itself, as time alone may change
+    /// something; 0: it need not.
+    interval: AtomicU32,
     worker_latch: AtomicUsize,
     /// Grows while the worker gets on.
     turns: AtomicU32,
@@ -114,14 +120,23 @@ impl Slot {
         self.running.store(running, ORDER);
     }
 
-    /// Whether the worker must come back by itself.
-    pub fn is_busy(&self) -> bool {
-        self.busy.load(ORDER)
+    /// There is something (more) to do.
+    pub fn set_pending(&self) {
+        self.pending.store(true, ORDER);
     }
 
-    /// Remembers whether the worker must come back by itself.
-    pub fn set_busy(&self, busy: bool) {
-        self.busy.store(busy, ORDER);
+    /// After what time the worker must come back by itself, if it must.
+    pub fn interval(&self) -> Option<Duration> {
+        match self.interval.load(ORDER) {
+            0 => None,
+            milliseconds => Some(Duration::from_millis(milliseconds.into())),
+        }
+    }
+
+    /// Remembers after what time the worker must come back by itself, if it must.
+    pub fn set_interval(&self, interval: Option<Duration>) {
+        let milliseconds = interval.map_or(0, |time| time.as_millis().clamp(1, u32::MAX.into()));
+        self.interval.store(milliseconds as u32, ORDER);
     }
 
     /// Remembers where to wake the worker.
@@ -144,7 +159,7 @@ impl Slot {
         self.kind.store(0, ORDER);
         self.pending.store(false, ORDER);
         self.running.store(false, ORDER);
-        self.busy.store(false, ORDER);
+        self.interval.store(0, ORDER);
         self.worker_latch.store(0, ORDER);
         self.database.store(database, ORDER);
     }
@@ -184,6 +199,26 @@ impl Control {
     /// Whether the launcher has ended.
     pub fn is_closed(&self) -> bool {
         self.closed.load(ORDER)
+    }
+
+    /// Whether some database waits for another's worker to end.
+    pub fn is_crowded(&self) -> bool {
+        self.crowded.load(ORDER)
+    }
+
+    /// Remembers whether some database waits for another's worker to end.
+    pub fn set_crowded(&self, crowded: bool) {
+        self.crowded.store(crowded, ORDER);
+    }
+
+    /// Whether the server has no slot free for a database worker.
+    pub fn is_starved(&self) -> bool {
+        self.starved.load(ORDER)
+    }
+
+    /// Remembers whether the server has no slot free; returns what was remembered before.
+    pub fn set_starved(&self, starved: bool) -> bool {
+        self.starved.swap(starved, ORDER)
     }
 
     /// Whether the list of databases is out of date; takes the note of it.
@@ -238,7 +273,14 @@ pub fn create() -> &'static Control {
         pg_sys::before_shmem_exit(Some(close), pg_sys::Datum::from(memory));
         let name = format!("{NAME_PREFIX}{}", pg_sys::dsm_segment_handle(segment));
         if let Ok(name) = CString::new(name) {
-            pg_sys::pgstat_report_appname(name.as_ptr());
+            // As a setting that no configuration file overrides: reading that anew would otherwise
+            // put the file's name in its place.
+            pg_sys::SetConfigOption(
+                c"application_name".as_ptr(),
+                name.as_ptr(),
+                pg_sys::GucContext::PGC_USERSET,
+                pg_sys::GucSource::PGC_S_OVERRIDE,
+            );
         }
         control
     }

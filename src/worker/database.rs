@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 
 use pgrx::pg_sys;
 
-use super::control::{self, Found, Kind, Slot};
+use super::control::{self, Control, Found, Kind, Slot};
 use super::process;
 use super::round::{self, Round};
+use crate::guc;
 
 /// How long the worker waits for more before it ends: long enough to spare a process for each
 /// transaction under load, short enough for `DROP DATABASE`, which waits five seconds for it.
@@ -18,6 +19,13 @@ const LINGER: Duration = Duration::from_millis(1000);
 /// what nobody announces, such as a connection whose process is just ending.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
+/// How long the worker stays at the most, so that it finds settings that were changed for the
+/// database.
+const LONGEST_STAY: Duration = Duration::from_secs(60);
+
+/// How long it stays where another database waits for its turn.
+const SHORT_STAY: Duration = Duration::from_millis(250);
+
 /// What the worker's settings are, whatever the database or the superuser has.
 const SETTINGS: [(&CStr, &CStr); 8] = [
     // Nothing that a user may have made is found by an unqualified name.
@@ -25,7 +33,8 @@ const SETTINGS: [(&CStr, &CStr); 8] = [
     (c"default_transaction_isolation", c"read committed"),
     (c"default_transaction_read_only", c"off"),
     (c"default_transaction_deferrable", c"off"),
-    // What is lost in a crash is done again. Commits of others after it make it durable as well.
+    // What is lost in a crash is done again. Commits of others after it make it durable as well. Not
+    // so the order of events, which others read at once: see `round`.
     (c"synchronous_commit", c"off"),
     // The worker passes locked rows by; where it cannot, others must not wait for it for long.
     (c"lock_timeout", c"1s"),
@@ -47,47 +56,52 @@ pub extern "C-unwind" fn pg_claims_worker_main(argument: pg_sys::Datum) {
     let Found::Ready(handle) = control::find() else {
         return;
     };
-    let Some(slot) = control::attach(handle).and_then(|control| control.slot_of(database)) else {
-        return;
-    };
+    let Some(control) = control::attach(handle) else { return };
+    let Some(slot) = control.slot_of(database) else { return };
     // SAFETY: the process's own latch.
     slot.set_worker_latch(unsafe { pg_sys::MyLatch });
     set_settings();
-    while work(slot) {
+    // Where the work could not be done, or the process is terminated, the slot goes on saying that a
+    // worker runs, by which the launcher knows that it must start another.
+    while work(control, slot) {
         // In this order: whoever announces work sets it down first and then asks who runs.
         slot.set_running(false);
-        if !slot.is_pending() {
+        if !slot.is_pending() || control.is_crowded() {
             return;
         }
         slot.set_running(true);
     }
-    slot.set_running(false);
 }
 
-/// Works until there has been nothing to do for a while. Returns false where the extension is not
-/// installed (any more).
-fn work(slot: &Slot) -> bool {
-    let mut round = Round::begin();
-    let mut quiet_since = Instant::now();
-    while quiet_since.elapsed() < LINGER {
+/// Works until there has been nothing to do for a while, or another database waits. Returns false if
+/// that was not possible.
+fn work(control: &Control, slot: &Slot) -> bool {
+    let mut round = Round::begin(slot);
+    let began = Instant::now();
+    let mut quiet_since = began;
+    while quiet_since.elapsed() < LINGER && began.elapsed() < LONGEST_STAY {
         let was_pending = slot.take_pending();
-        slot.take_turn();
         match round::is_installed() {
             Some(true) => slot.set_kind(Kind::Served),
             Some(false) => {
                 slot.set_kind(Kind::Other);
-                return false;
+                return true;
             }
-            // What keeps it from telling may pass.
             None => return false,
         }
         if round.run() || was_pending {
             quiet_since = Instant::now();
         }
+        if !guc::worker() {
+            break;
+        }
+        if control.is_crowded() && began.elapsed() >= SHORT_STAY {
+            break;
+        }
         process::idle();
         process::pause(LOOK_EVERY);
     }
-    slot.set_busy(round.finish());
+    slot.set_interval(round.finish());
     true
 }
 

@@ -13,11 +13,19 @@ use crate::guc;
 /// operator has changed there, and for pruning.
 const IDLE_INTERVAL: Duration = Duration::from_secs(60);
 
+/// How soon, and at most how seldom, to look again whether a database has got the extension that had
+/// not. Normally it tells so itself; this is for what the launcher was not yet there to hear.
+const OTHER_INTERVALS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(3600));
+
 /// How long to wait for a slot of `max_worker_processes` to become free.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// How many database workers may run at once, so that other extensions find slots as well.
+/// How many database workers may run at once, so that other extensions find slots as well. Where more
+/// databases have something to do, they take turns.
 const MAX_WORKERS: usize = 2;
+
+/// How soon to come again after a worker that ended before its work was done.
+const AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// After how many intervals of reaping without getting on a database worker counts as stuck, such as
 /// in a trigger of the user's that never returns, and is terminated: it must not keep the others.
@@ -30,12 +38,32 @@ const SINGLETON: [u32; 2] = [0x7067_636c, 0x6169_6d73];
 /// What the launcher knows of a database beside what is in its slot.
 struct Visit {
     database: pg_sys::Oid,
+    /// When its worker is to come, by time alone.
     due: Instant,
+    /// Since when it has waited for one, if it does.
+    waiting_since: Option<Instant>,
+    /// Until when it has to wait, as the last one failed.
+    put_off_until: Option<Instant>,
+    /// How long to leave a database alone that has not the extension.
+    other_interval: Duration,
     worker: Option<Child>,
 }
 
-fn heartbeat_interval() -> Duration {
-    guc::heartbeat_interval().to_std().unwrap_or(IDLE_INTERVAL)
+impl Visit {
+    fn new(database: pg_sys::Oid) -> Self {
+        Self {
+            database,
+            due: Instant::now(),
+            waiting_since: None,
+            put_off_until: None,
+            other_interval: OTHER_INTERVALS.0,
+            worker: None,
+        }
+    }
+
+    fn is_put_off(&self, now: Instant) -> bool {
+        self.put_off_until.is_some_and(|until| now < until)
+    }
 }
 
 fn reap_interval() -> Duration {
@@ -58,9 +86,15 @@ pub extern "C-unwind" fn pg_claims_launcher_main(_argument: pg_sys::Datum) {
     }
     let control = control::create();
     let mut visits: Vec<Visit> = Vec::new();
-    let mut reported_full = false;
+    let mut scanned_at: Option<Instant> = None;
     loop {
-        let next = serve(control, &mut visits, &mut reported_full);
+        // Also by time: a database that was made from a template with claims tells nobody.
+        let is_old = scanned_at.is_none_or(|at| at.elapsed() >= IDLE_INTERVAL);
+        if guc::worker() && (control.take_rescan() || is_old) {
+            rescan(control, &mut visits);
+            scanned_at = Some(Instant::now());
+        }
+        let next = serve(control, &mut visits);
         process::idle();
         if process::wait(next) {
             // Settings have changed: what is due may be due earlier.
@@ -85,57 +119,64 @@ fn hold_singleton() -> bool {
     result != pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL
 }
 
-/// Starts what is due. Returns how long to wait.
-fn serve(control: &Control, visits: &mut Vec<Visit>, reported_full: &mut bool) -> Duration {
+/// Starts what is due, first what has waited longest. Returns how long to wait.
+fn serve(control: &Control, visits: &mut [Visit]) -> Duration {
     if !guc::worker() {
         return IDLE_INTERVAL;
     }
-    if control.take_rescan() {
-        rescan(control, visits);
-    }
     let now = Instant::now();
     for visit in &mut *visits {
-        if let Some(slot) = control.slot_of(visit.database) {
-            collect(visit, slot, now);
-        }
-    }
-    let mut running = visits.iter().filter(|visit| visit.worker.is_some()).count();
-    // Its end wakes the launcher; that it does not get on must be looked for.
-    let mut next = now + if running > 0 { reap_interval() } else { IDLE_INTERVAL };
-    for visit in &mut *visits {
         let Some(slot) = control.slot_of(visit.database) else { continue };
-        if visit.worker.is_some() || slot.kind() == Kind::Other {
-            continue;
-        }
-        if !slot.is_pending() && visit.due > now {
-            next = next.min(visit.due);
-            continue;
-        }
-        if running >= MAX_WORKERS {
-            // The end of one wakes the launcher.
+        collect(visit, slot, now);
+        let wants = visit.worker.is_none()
+            && (visit.due <= now || (slot.is_pending() && !visit.is_put_off(now)));
+        visit.waiting_since = wants.then(|| visit.waiting_since.unwrap_or(now));
+    }
+    visits.sort_by_key(|visit| visit.waiting_since.unwrap_or(now));
+    let mut running = visits.iter().filter(|visit| visit.worker.is_some()).count();
+    let mut is_crowded = false;
+    let mut is_starved = false;
+    for visit in visits.iter_mut().filter(|visit| visit.waiting_since.is_some()) {
+        let Some(slot) = control.slot_of(visit.database) else { continue };
+        if running >= MAX_WORKERS || is_starved {
+            is_crowded = true;
             continue;
         }
         match Child::start(slot, visit.database) {
             Some(worker) => {
                 visit.worker = Some(worker);
+                visit.waiting_since = None;
+                visit.put_off_until = None;
                 // From its beginning, so that it comes at even intervals.
-                visit.due = now + reap_interval().min(heartbeat_interval());
+                visit.due = now + slot.interval().unwrap_or(IDLE_INTERVAL);
                 running += 1;
-                *reported_full = false;
             }
-            None => {
-                next = next.min(now + RETRY_AFTER);
-                if !std::mem::replace(reported_full, true) {
-                    pgrx::ereport!(
-                        pgrx::PgLogLevel::LOG,
-                        pgrx::PgSqlErrorCode::ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
-                        "no background worker slot is free for pg_claims",
-                        "Claims are not reaped until one is. Consider a greater max_worker_processes."
-                    );
-                }
-            }
+            None => is_starved = true,
         }
     }
+    control.set_crowded(is_crowded);
+    if is_starved && !control.set_starved(true) {
+        pgrx::ereport!(
+            pgrx::PgLogLevel::LOG,
+            pgrx::PgSqlErrorCode::ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
+            "no background worker slot is free for pg_claims",
+            "Claims are not reaped until one is. Consider a greater max_worker_processes."
+        );
+    }
+    if !is_starved {
+        control.set_starved(false);
+    }
+    let at_most = match (is_starved, running) {
+        (true, _) => RETRY_AFTER,
+        (false, 0) => IDLE_INTERVAL,
+        // The end of one wakes the launcher; that it does not get on must be looked for.
+        (false, _) => reap_interval(),
+    };
+    let next = visits
+        .iter()
+        .filter(|visit| visit.worker.is_none() && visit.waiting_since.is_none())
+        .map(|visit| visit.put_off_until.unwrap_or(visit.due).min(visit.due))
+        .fold(now + at_most, Instant::min);
     next.saturating_duration_since(Instant::now())
 }
 
@@ -146,9 +187,19 @@ fn collect(visit: &mut Visit, slot: &Slot, now: Instant) {
         return worker.terminate_if_stuck(slot, reap_interval() * STUCK_AFTER);
     }
     visit.worker = None;
-    // Also if it was terminated and could not say so itself.
-    slot.set_running(false);
-    if !slot.is_busy() {
+    if slot.is_running() {
+        // It was terminated, or failed, before its work was done.
+        slot.set_running(false);
+        slot.set_pending();
+        visit.put_off_until = Some(now + AGAIN_AFTER);
+    }
+    // What it found out about the time of the next visit counts from its beginning.
+    let planned = slot.interval().unwrap_or(IDLE_INTERVAL);
+    visit.due = visit.due.min(now + planned);
+    if slot.kind() == Kind::Other {
+        visit.due = now + visit.other_interval;
+        visit.other_interval = (visit.other_interval * 2).min(OTHER_INTERVALS.1);
+    } else if slot.interval().is_none() {
         visit.due = now + IDLE_INTERVAL;
     }
 }
@@ -171,7 +222,7 @@ fn rescan(control: &Control, visits: &mut Vec<Visit>) {
     for slot in control.slots() {
         let Some(database) = slot.database() else { continue };
         if !visits.iter().any(|visit| visit.database == database) {
-            visits.push(Visit { database, due: Instant::now(), worker: None });
+            visits.push(Visit::new(database));
         }
     }
 }

@@ -12,7 +12,13 @@ unsafe extern "C-unwind" {
     fn die(signal: c_int);
     // The server's own: notes that the settings are to be read anew.
     fn SignalHandlerForConfigReload(signal: c_int);
+    // The server's own (utils/timeout.h): the time-out of a process's statement.
+    fn enable_timeout_after(timeout: c_int, milliseconds: c_int);
+    fn disable_timeout(timeout: c_int, keep_indicator: bool);
 }
+
+/// `STATEMENT_TIMEOUT` among the server's time-outs (utils/timeout.h), in all supported versions.
+const STATEMENT_TIMEOUT: c_int = 3;
 
 /// Takes the signals as the server's own processes do, and begins.
 pub fn begin() {
@@ -85,8 +91,53 @@ pub fn working_on(what: &CStr) {
     }
 }
 
-/// Shows the process waiting.
+/// Shows the process waiting, and lets the server count what it has written: autovacuum goes by that.
 pub fn idle() {
-    // SAFETY: a null pointer stands for no text.
-    unsafe { pg_sys::pgstat_report_activity(pg_sys::BackendState::STATE_IDLE, std::ptr::null()) };
+    // SAFETY: no transaction is open; a null pointer stands for no text.
+    unsafe {
+        pg_sys::pgstat_report_stat(false);
+        pg_sys::pgstat_report_activity(pg_sys::BackendState::STATE_IDLE, std::ptr::null());
+    }
+}
+
+/// Makes this transaction's commit wait until it is durable.
+pub fn commit_durably() {
+    // SAFETY: null-terminated strings; local to the transaction.
+    unsafe {
+        pg_sys::set_config_option(
+            c"synchronous_commit".as_ptr(),
+            c"local".as_ptr(),
+            pg_sys::GucContext::PGC_SUSET,
+            pg_sys::GucSource::PGC_S_OVERRIDE,
+            pg_sys::GucAction::GUC_ACTION_LOCAL,
+            true,
+            0,
+            false,
+        );
+    }
+}
+
+/// Ends the statement that runs once the time is over, as `statement_timeout` does for a session.
+pub struct Deadline;
+
+impl Deadline {
+    /// From now on.
+    pub fn after(time: Duration) -> Self {
+        let milliseconds = i32::try_from(time.as_millis()).unwrap_or(i32::MAX);
+        // SAFETY: the server registers this time-out in every process that has a database.
+        unsafe {
+            enable_timeout_after(STATEMENT_TIMEOUT, milliseconds);
+        }
+        Self
+    }
+}
+
+impl Drop for Deadline {
+    fn drop(&mut self) {
+        // SAFETY: as above. A cancel that came too late must not hit the next statement.
+        unsafe {
+            disable_timeout(STATEMENT_TIMEOUT, false);
+            (&raw mut pg_sys::QueryCancelPending).write_volatile(0);
+        }
+    }
 }

@@ -12,6 +12,7 @@ use pgrx::pg_sys;
 use pgrx::pg_sys::PgTryBuilder;
 use pgrx::pg_sys::panic::CaughtError;
 
+use super::control::Slot;
 use super::process;
 use crate::error::{ClaimError, Result};
 use crate::guc;
@@ -21,6 +22,16 @@ use crate::spi::{Db, directive, health, heartbeat, manager, order, prune, sessio
 
 /// How many claims or rows one transaction takes on.
 const BATCH: i32 = 100;
+
+/// How many claims one transaction ends.
+const REAP_BATCH: usize = 100;
+
+/// How long a transaction may take: what a trigger of the user's does in it must not keep the
+/// heartbeats of others.
+const STEP_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long ending a single claim may take, after its batch has failed.
+const SINGLE_LIMIT: Duration = Duration::from_secs(1);
 
 /// How many events one transaction puts in order or announces.
 const EVENT_BATCH: i32 = 1000;
@@ -45,38 +56,50 @@ pub fn is_installed() -> Option<bool> {
 }
 
 /// One stay in the database.
-pub struct Round {
+pub struct Round<'c> {
+    slot: &'c Slot,
     run: health::Run,
-    /// Time spent working.
+    /// Time spent working since health was recorded.
     spent: Duration,
+    recorded_at: Instant,
     /// When stale sessions were looked for last.
     reaped_at: Option<Instant>,
 }
 
-impl Round {
+impl<'c> Round<'c> {
     /// Begins.
-    pub fn begin() -> Self {
-        Self { run: health::Run::default(), spent: Duration::ZERO, reaped_at: None }
+    pub fn begin(slot: &'c Slot) -> Self {
+        Self {
+            slot,
+            run: health::Run::default(),
+            spent: Duration::ZERO,
+            recorded_at: Instant::now(),
+            reaped_at: None,
+        }
     }
 
     /// Does what there is to do. Returns whether there was anything.
     pub fn run(&mut self) -> bool {
         let start = Instant::now();
-        let mut done = beat_connections(&mut self.run);
-        done |= release_ended_connections(&mut self.run);
+        self.slot.take_turn();
+        // First, so that nobody beats for a connection that is not there any more.
+        let mut done = release_ended_connections(&mut self.run);
+        done |= beat_connections(&mut self.run);
         if self.is_reaping_due() {
             self.reaped_at = Some(Instant::now());
-            done |= attend_claims(&mut self.run);
+            done |= attend_claims(self.slot, &mut self.run);
             self.prune();
         }
-        done |= announce(&mut self.run);
+        done |= announce(self.slot, &mut self.run);
         self.spent += start.elapsed();
+        if self.recorded_at.elapsed() >= reap_interval() {
+            self.record();
+        }
         done
     }
 
     fn is_reaping_due(&self) -> bool {
-        let interval = guc::reap_interval().to_std().unwrap_or_default();
-        self.reaped_at.is_none_or(|at| at.elapsed() >= interval)
+        self.reaped_at.is_none_or(|at| at.elapsed() >= reap_interval())
     }
 
     fn prune(&mut self) {
@@ -84,61 +107,95 @@ impl Round {
             health::is_pruning_due(db, PRUNE_INTERVAL)
         });
         if due == Some(true) {
-            tidy(&mut self.run);
+            tidy(self.slot, &mut self.run);
             self.run.pruned = true;
+            self.record();
         }
     }
 
-    /// Records how it went. Returns whether time alone may change something here.
-    pub fn finish(mut self) -> bool {
-        self.run.duration = TimeDelta::from_std(self.spent).unwrap_or(TimeDelta::MAX);
-        let mut outcome = health::Run::default();
-        let run = self.run;
-        step(&mut outcome, c"pg_claims: recording health", |db| {
-            health::record(db, &run)?;
-            health::is_busy(db)
-        })
-        // If it cannot be told, come back soon.
-        .unwrap_or(true)
+    /// Records how it went since the last time.
+    fn record(&mut self) {
+        let mut run = std::mem::take(&mut self.run);
+        run.duration = TimeDelta::from_std(self.spent).unwrap_or(TimeDelta::MAX);
+        self.spent = Duration::ZERO;
+        self.recorded_at = Instant::now();
+        // What fails here is told with the next.
+        step(&mut self.run, c"pg_claims: recording health", |db| health::record(db, &run));
     }
+
+    /// Records how it went. Returns after what time to come again, if time alone may change something
+    /// here.
+    pub fn finish(mut self) -> Option<Duration> {
+        self.record();
+        let next = step(&mut self.run, c"pg_claims: planning the next visit", |db| {
+            let mut next = health::is_busy(db)?.then(reap_interval);
+            if let Some(interval) = manager::shortest_interval(db)? {
+                let interval = interval.to_std().unwrap_or_default();
+                next = Some(next.map_or(interval, |next| next.min(interval)));
+            }
+            Ok(next)
+        });
+        // If it cannot be told, come back soon.
+        next.unwrap_or_else(|| Some(reap_interval()))
+    }
+}
+
+fn reap_interval() -> Duration {
+    guc::reap_interval().to_std().unwrap_or_default()
 }
 
 /// Beats for the connections whose heartbeat is due.
 fn beat_connections(run: &mut health::Run) -> bool {
     let due = step(run, c"pg_claims: looking for due heartbeats", manager::due).unwrap_or_default();
+    let mut any = false;
     for due in &due {
-        let beat = try_step(c"pg_claims: beating for connections", |db| beat(db, due));
-        let failure = match beat {
-            Ok(None) => continue,
-            Ok(Some(refusal)) => refusal.to_owned(),
+        let outcome =
+            try_step(STEP_LIMIT, c"pg_claims: beating for connections", |db| beat(db, due));
+        let failure = match outcome {
+            Ok(Beaten::Yes) => {
+                any = true;
+                continue;
+            }
+            Ok(Beaten::PutOff) => continue,
+            Ok(Beaten::No(reason)) => reason.to_owned(),
             Err(error) => {
                 note(run, error.clone());
                 error
             }
         };
+        any = true;
         step(run, c"pg_claims: counting a failed heartbeat", |db| {
             manager::failed(db, due.connection, &failure)
         });
     }
-    !due.is_empty()
+    any
 }
 
-/// Beats for one connection. Returns why it could not.
-fn beat(db: &Db<'_>, due: &Due) -> Result<Option<&'static str>> {
+/// What came of a heartbeat.
+enum Beaten {
+    Yes,
+    /// Whoever writes the session keeps everybody else from taking anything from it, so that this is
+    /// neither a heartbeat nor a failure: the next visit tries again.
+    PutOff,
+    /// It cannot be.
+    No(&'static str),
+}
+
+/// Beats for one connection.
+fn beat(db: &Db<'_>, due: &Due) -> Result<Beaten> {
     let session_ids = [due.session_id.clone()];
-    for (_, found) in heartbeat::beat_many(db, &session_ids)? {
-        match found {
-            heartbeat::Found::Beaten(beat, _) => {
-                manager::succeeded(db, due.connection, beat.heartbeat_at)?;
-            }
-            // Whoever writes the session keeps everybody else from taking anything from it, so
-            // that this is neither a heartbeat nor a failure: the next look tries again.
-            heartbeat::Found::Busy => {}
-            heartbeat::Found::Unknown => return Ok(Some("the session does not exist any more")),
-            heartbeat::Found::Released => return Ok(Some("the session has ended")),
+    let Some((_, found)) = heartbeat::beat_many(db, &session_ids)?.pop() else {
+        return Ok(Beaten::PutOff);
+    };
+    Ok(match found {
+        heartbeat::Found::Beaten(beat, _) => {
+            manager::succeeded(db, due.connection, beat.heartbeat_at)?;
+            Beaten::Yes
         }
-    }
-    Ok(None)
+        heartbeat::Found::Busy => Beaten::PutOff,
+        heartbeat::Found::Unknown => Beaten::No("the session does not exist any more"),
+        heartbeat::Found::Released => Beaten::No("the session has ended"),
+    })
 }
 
 /// Forgets connections that have ended, and releases what they held if a setting says so.
@@ -162,7 +219,7 @@ fn release_ended_connections(run: &mut health::Run) -> bool {
 }
 
 /// Notes stale sessions, warns of old claims, and reaps.
-fn attend_claims(run: &mut health::Run) -> bool {
+fn attend_claims(slot: &Slot, run: &mut health::Run) -> bool {
     let policy = Policy { reap: guc::auto_reap(), min_silence: TimeDelta::zero() };
     let mut after: Option<String> = None;
     let mut any = false;
@@ -174,7 +231,16 @@ fn attend_claims(run: &mut health::Run) -> bool {
         let Some(last) = candidates.last() else { return any };
         after = Some(last.sd_id.clone());
         any = true;
-        run.reaped += attend_batch(run, &candidates, policy);
+        // Those that go on living apart: a trigger that runs while others are reaped must not keep
+        // them locked.
+        let (due, alive): (Vec<_>, Vec<_>) =
+            candidates.iter().cloned().partition(|candidate| candidate.is_due);
+        attend_batch(run, &alive, policy);
+        for due in due.chunks(REAP_BATCH) {
+            slot.take_turn();
+            run.reaped += attend_batch(run, due, policy);
+            beat_connections(run);
+        }
         if candidates.len() < BATCH as usize {
             return any;
         }
@@ -192,18 +258,33 @@ fn attend_batch(run: &mut health::Run, candidates: &[Candidate], policy: Policy)
         Ok(reaped)
     };
     const WHAT: &CStr = c"pg_claims: reaping stale sessions";
-    if let Ok(reaped) = try_step(WHAT, |db| attend(db, candidates)) {
+    if candidates.is_empty() {
+        return 0;
+    }
+    if let Ok(reaped) = try_step(STEP_LIMIT, WHAT, |db| attend(db, candidates)) {
         return reaped;
     }
-    candidates.chunks(1).filter_map(|one| step(run, WHAT, |db| attend(db, one))).sum()
+    let mut reaped = 0;
+    for one in candidates.chunks(1) {
+        match try_step(SINGLE_LIMIT, WHAT, |db| attend(db, one)) {
+            Ok(done) => reaped += done,
+            Err(error) => note(run, error),
+        }
+        beat_connections(run);
+    }
+    reaped
 }
 
 /// Puts what has become visible in order, and announces it.
-fn announce(run: &mut health::Run) -> bool {
+fn announce(slot: &Slot, run: &mut health::Run) -> bool {
     let full = EVENT_BATCH as usize;
     let mut any = false;
     loop {
+        slot.take_turn();
         let appended = step(run, c"pg_claims: putting events in order", |db| {
+            // Durable before anybody can read it: a place that was forgotten in a crash would be given
+            // to the same event again, and who has read it would read it twice.
+            process::commit_durably();
             order::append_visible(db, EVENT_BATCH)
         })
         .unwrap_or(0);
@@ -219,7 +300,7 @@ fn announce(run: &mut health::Run) -> bool {
 }
 
 /// Removes old history, and ends sessions that nobody comes back to.
-fn tidy(run: &mut health::Run) {
+fn tidy(slot: &Slot, run: &mut health::Run) {
     step(run, c"pg_claims: setting heartbeats right", prune::pull_back_heartbeats);
     if let Some(silence) = guc::session_retention() {
         until_fewer(run, c"pg_claims: ending silent sessions", |db| {
@@ -228,10 +309,10 @@ fn tidy(run: &mut health::Run) {
     }
     let Some(retention) = guc::history_retention() else { return };
     let Some(limit) = time::now().checked_sub_signed(retention) else { return };
-    prune_all(run, c"pg_claims: pruning claims", |db, from| {
+    prune_all(slot, run, c"pg_claims: pruning claims", |db, from| {
         prune::claims(db, from, limit, PRUNE_BATCH)
     });
-    prune_all(run, c"pg_claims: pruning events", |db, from| {
+    prune_all(slot, run, c"pg_claims: pruning events", |db, from| {
         prune::events(db, from, limit, PRUNE_BATCH)
     });
     until_fewer(run, c"pg_claims: pruning sessions", |db| prune::sessions(db, limit, PRUNE_BATCH));
@@ -239,12 +320,15 @@ fn tidy(run: &mut health::Run) {
 
 /// Prunes a table stretch by stretch, until nothing old is left (or a stretch fails).
 fn prune_all(
+    slot: &Slot,
     run: &mut health::Run,
     what: &CStr,
     prune: impl Fn(&Db<'_>, i64) -> Result<prune::Stretch>,
 ) {
     let mut from = Some(0);
     while let Some(position) = from {
+        slot.take_turn();
+        beat_connections(run);
         from = step(run, what, |db| prune(db, position)).and_then(|stretch| stretch.next);
     }
 }
@@ -260,7 +344,7 @@ fn step<R>(
     what: &CStr,
     work: impl FnOnce(&Db<'_>) -> Result<R>,
 ) -> Option<R> {
-    match try_step(what, work) {
+    match try_step(STEP_LIMIT, what, work) {
         Ok(done) => Some(done),
         Err(error) => {
             note(run, error);
@@ -275,8 +359,9 @@ fn note(run: &mut health::Run, error: String) {
     run.last_error = Some(error);
 }
 
-/// Runs `work` in a transaction, which is rolled back if it fails.
+/// Runs `work` in a transaction, which is rolled back if it fails or takes longer than `limit`.
 fn try_step<R>(
+    limit: Duration,
     what: &CStr,
     work: impl FnOnce(&Db<'_>) -> Result<R>,
 ) -> std::result::Result<R, String> {
@@ -290,7 +375,9 @@ fn try_step<R>(
             pg_sys::StartTransactionCommand();
             pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
         }
+        let deadline = process::Deadline::after(limit);
         let done = Db::connect(work).map_err(|error| error.to_string())?;
+        drop(deadline);
         // SAFETY: the snapshot and the transaction are those from above.
         unsafe {
             pg_sys::PopActiveSnapshot();

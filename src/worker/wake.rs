@@ -10,15 +10,21 @@ use super::control::{self, Found};
 use super::launcher_worker;
 use crate::{guc, service};
 
-/// How long a session waits before it looks for the launcher again.
-const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(1);
+/// How long a session waits before it looks for a launcher again that is being started …
+const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(20);
+
+/// … or that could not be.
+const TRY_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 thread_local! {
     /// Whether the transaction has done something that the worker is to know of.
     static WANTED: Cell<bool> = const { Cell::new(false) };
     /// Whether this process is a worker itself.
     static IS_WORKER: Cell<bool> = const { Cell::new(false) };
-    static LOOKED_AT: Cell<Option<Instant>> = const { Cell::new(None) };
+    /// When this process last looked for the launcher, and what came of it.
+    static LOOKED: Cell<Option<(Instant, Result<(), NoWorker>)>> = const { Cell::new(None) };
+    /// Whether something was committed while the launcher was not there yet.
+    static UNTOLD: Cell<bool> = const { Cell::new(false) };
     static WAKES_AT_EXIT: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -56,15 +62,15 @@ unsafe extern "C-unwind" fn transaction_ends(
     }
     match event {
         // The last moment at which something may fail.
-        pg_sys::XactEvent::XACT_EVENT_PRE_COMMIT => {
-            ensure().ok();
-        }
-        pg_sys::XactEvent::XACT_EVENT_COMMIT => {
+        pg_sys::XactEvent::XACT_EVENT_PRE_COMMIT => keep(),
+        // Also after an abort: the worker may have passed by what the transaction held. And once it
+        // is prepared: nobody wakes the worker when it is committed, so that it must come by itself
+        // until then.
+        pg_sys::XactEvent::XACT_EVENT_COMMIT
+        | pg_sys::XactEvent::XACT_EVENT_ABORT
+        | pg_sys::XactEvent::XACT_EVENT_PREPARE => {
             WANTED.set(false);
             wake();
-        }
-        pg_sys::XactEvent::XACT_EVENT_ABORT | pg_sys::XactEvent::XACT_EVENT_PREPARE => {
-            WANTED.set(false);
         }
         _ => {}
     }
@@ -76,9 +82,10 @@ extern "C-unwind" fn process_ends(_code: i32, _: pg_sys::Datum) {
 
 /// Neither allocates nor fails.
 fn wake() {
-    if let Some(control) = control::attached() {
+    match control::attached() {
         // SAFETY: the database's id is set before any transaction and never changes.
-        control.wake(unsafe { pg_sys::MyDatabaseId });
+        Some(control) => control.wake(unsafe { pg_sys::MyDatabaseId }),
+        None => UNTOLD.set(true),
     }
 }
 
@@ -104,7 +111,16 @@ impl NoWorker {
     }
 }
 
-/// Finds the launcher, or starts it.
+/// Finds the launcher, or starts it: each call of a function does, so that the first one after a
+/// restart brings the worker back. All but free where it is found already.
+pub fn keep() {
+    if control::attached().is_none() && !IS_WORKER.get() {
+        // Whoever needs to know asks.
+        ensure().unwrap_or_default();
+    }
+}
+
+/// Finds the launcher, or starts it, or says why there is none.
 pub fn ensure() -> Result<(), NoWorker> {
     if !guc::worker() {
         return Err(NoWorker::SwitchedOff);
@@ -112,23 +128,29 @@ pub fn ensure() -> Result<(), NoWorker> {
     if service::is_in_recovery() {
         return Err(NoWorker::InRecovery);
     }
-    if control::attached().is_some() {
-        return Ok(());
+    if let Some(control) = control::attached() {
+        return if control.is_starved() { Err(NoWorker::NoSlot) } else { Ok(()) };
     }
     // A launcher that is being started is not there at once, and a server without a free slot
-    // should not be asked at every commit.
-    if LOOKED_AT.get().is_some_and(|at| at.elapsed() < LOOK_AGAIN_AFTER) {
-        return Ok(());
+    // should not be asked at every call.
+    if let Some((at, outcome)) = LOOKED.get()
+        && at.elapsed() < if outcome.is_ok() { LOOK_AGAIN_AFTER } else { TRY_AGAIN_AFTER }
+    {
+        return outcome;
     }
-    LOOKED_AT.set(Some(Instant::now()));
-    match control::find() {
-        Found::Ready(handle) => {
-            control::attach(handle);
-            Ok(())
-        }
+    let outcome = match control::find() {
+        Found::Ready(handle) => match control::attach(handle) {
+            Some(control) if control.is_starved() => Err(NoWorker::NoSlot),
+            _ => Ok(()),
+        },
         Found::Starting => Ok(()),
         Found::Nothing => {
             launcher_worker().load_dynamic().map(|_| ()).map_err(|_| NoWorker::NoSlot)
         }
+    };
+    LOOKED.set(Some((Instant::now(), outcome)));
+    if control::attached().is_some() && UNTOLD.replace(false) {
+        wake();
     }
+    outcome
 }

@@ -31,3 +31,4 @@ mod settings;
 mod surface;
 mod waiting;
 mod worker;
+mod worker_faults;

@@ -13,6 +13,7 @@ use pgrx::pg_sys::BuiltinOid::{INT8OID, TEXTOID, TIMESTAMPTZOID};
 
 use super::history;
 use super::picture::{self, Picture};
+use super::reap;
 use super::{Ending, Granting};
 use crate::error::{ClaimError, Result};
 use crate::spi::session::Session;
@@ -47,6 +48,12 @@ pub fn acquire(
     let mut locked: Vec<String> = Vec::new();
     for _ in 0..ROUNDS {
         let picture = picture::look(db, Some(session_id), sd_id)?;
+        // The one refusal that writes: without it such an owner would be immortal where nothing reaps.
+        if let Some((owner, _)) = picture.owner.as_ref().filter(|_| picture.is_owner_ahead)
+            && !time::is_read_only()
+        {
+            reap::pull_back(db, &owner.session_id)?;
+        }
         match judge(picture, sd_id, session_id, &may_act_for)? {
             Verdict::Refuse(refusal) => return Ok(Err(refusal)),
             Verdict::AlreadyHeld { claim_id, sd_id, claimed_at, track } => {

@@ -1,6 +1,6 @@
 //! What a claim looks at before it decides.
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use pg_claims_core::age;
 use pg_claims_core::outcome::{Owner, Progress};
 use pgrx::pg_sys::BuiltinOid::TEXTOID;
@@ -26,6 +26,8 @@ pub struct Picture {
     pub sd: Option<Sd>,
     /// Who holds the SD, and whether that session's lease has expired.
     pub owner: Option<(Owner, bool)>,
+    /// Whether the owner's heartbeat lies in the future.
+    pub is_owner_ahead: bool,
     /// When the picture was taken.
     pub at: DateTime<Utc>,
 }
@@ -82,11 +84,13 @@ pub fn look(db: &Db<'_>, session_id: Option<&str>, sd_id: &str) -> Result<Pictur
         None => None,
         Some(sd_id) => Some(Sd { sd_id, status: row.text(9)?, is_terminal: row.flag(10)? }),
     };
+    let mut is_owner_ahead = false;
     let owner = match row.text(11)? {
         None => None,
         Some(session_id) => {
             let claim_id = row.required_bigint(20, "claude_sessions.claim_id")?;
             let lease = heartbeat::read_lease(&row, 12)?;
+            is_owner_ahead = lease.heartbeat_at > at + TimeDelta::seconds(1);
             let rules = guc::lease_rules();
             let is_stale = lease.is_stale(&rules, at);
             let reclaimable_at = lease.reclaimable_at(&rules);
@@ -116,6 +120,7 @@ pub fn look(db: &Db<'_>, session_id: Option<&str>, sd_id: &str) -> Result<Pictur
         session,
         sd,
         owner,
+        is_owner_ahead,
         at,
     })
 }

@@ -42,7 +42,8 @@ pub struct Candidate {
 pub struct Policy {
     /// Whether their claims are ended, or only noted as stale.
     pub reap: bool,
-    /// The least silence that a claim is ended for, over and above the rule of liveness.
+    /// The least silence that a claim is ended for, over and above the rule of liveness; a claim that
+    /// has grown too old ends without any.
     pub min_silence: TimeDelta,
 }
 
@@ -57,8 +58,9 @@ static SCAN: Statement = Statement::new(
                             stale_at <= now AND stale_noted_for IS DISTINCT FROM heartbeat_at
                                 AS is_unnoted,
                             reclaimable_at <= now
-                                AND heartbeat_at <= now - pg_catalog.make_interval(secs => $2)
-                                AS is_due,
+                                AND (heartbeat_at <= now - pg_catalog.make_interval(secs => $2)
+                                     OR COALESCE(claimed_at <= now - pg_catalog.make_interval(secs => $5),
+                                                 false)) AS is_due,
                             COALESCE(claimed_at <= now - pg_catalog.make_interval(secs => $3), false)
                                 AND age_warned_for IS DISTINCT FROM claim_id AS is_ageing
                        FROM (SELECT session_id, sd_id, claim_id, heartbeat_at, claimed_at,
@@ -76,7 +78,7 @@ static SCAN: Statement = Statement::new(
             reclaimable_at = super::reclaimable_at(&c.schema),
         )
     },
-    &[TEXTOID, FLOAT8OID, FLOAT8OID, INT4OID],
+    &[TEXTOID, FLOAT8OID, FLOAT8OID, INT4OID, FLOAT8OID],
 );
 
 /// Up to `limit` open claims that something is to be done about, of SDs after `after`.
@@ -86,9 +88,15 @@ pub fn scan(
     after: Option<&str>,
     limit: i32,
 ) -> Result<Vec<Candidate>> {
-    let warn_at = guc::max_claim_age().map(|age| age::seconds(age) * WARN_AT);
-    let arguments =
-        [after.into(), age::seconds(policy.min_silence).into(), warn_at.into(), limit.into()];
+    let max_age = guc::max_claim_age().map(age::seconds);
+    let warn_at = max_age.map(|age| age * WARN_AT);
+    let arguments = [
+        after.into(),
+        age::seconds(policy.min_silence).into(),
+        warn_at.into(),
+        limit.into(),
+        max_age.into(),
+    ];
     let mut rows = db.run(&SCAN, &arguments)?;
     let mut candidates = Vec::new();
     while rows.next().is_some() {
@@ -108,7 +116,7 @@ pub fn scan(
 /// Does what is to be done about one claim. Returns whether it was ended.
 pub fn attend(db: &Db<'_>, candidate: &Candidate, policy: Policy) -> Result<bool> {
     if candidate.is_ahead {
-        pull_back(db, candidate)?;
+        pull_back(db, &candidate.session_id)?;
         return Ok(false);
     }
     if candidate.is_due && reap(db, candidate, policy)? {
@@ -157,8 +165,10 @@ static REAP: Statement = Statement::new(
                    FROM {x}.claude_sessions
                   WHERE session_id = $1 AND claim_id = $2
                     AND {reclaimable_at} <= pg_catalog.clock_timestamp()
-                    AND heartbeat_at <= pg_catalog.clock_timestamp()
-                                        - pg_catalog.make_interval(secs => $3)
+                    AND (heartbeat_at <= pg_catalog.clock_timestamp()
+                                         - pg_catalog.make_interval(secs => $3)
+                         OR COALESCE(claimed_at <= pg_catalog.clock_timestamp()
+                                                   - pg_catalog.make_interval(secs => $4), false))
                     FOR NO KEY UPDATE SKIP LOCKED)
              UPDATE {x}.claude_sessions s
                 SET sd_id = NULL, claim_id = NULL, claimed_at = NULL, track = NULL,
@@ -175,7 +185,7 @@ static REAP: Statement = Statement::new(
             reclaimable_at = super::reclaimable_at(&c.schema),
         )
     },
-    &[TEXTOID, INT8OID, FLOAT8OID],
+    &[TEXTOID, INT8OID, FLOAT8OID, FLOAT8OID],
 );
 
 /// Ends the claim if it is still due.
@@ -193,6 +203,7 @@ fn reap(db: &Db<'_>, candidate: &Candidate, policy: Policy) -> Result<bool> {
         candidate.session_id.as_str().into(),
         candidate.claim_id.into(),
         age::seconds(policy.min_silence).into(),
+        guc::max_claim_age().map(age::seconds).into(),
     ];
     Ok(db.first_row(&REAP, &arguments)?.is_some())
 }
@@ -275,7 +286,7 @@ static PULL_BACK: Statement = Statement::new(
 
 /// A heartbeat in the future would keep its session alive until then: it counts as given now, so
 /// that the session has one full lease from here.
-fn pull_back(db: &Db<'_>, candidate: &Candidate) -> Result<()> {
-    db.run(&PULL_BACK, &[candidate.session_id.as_str().into()])?;
+pub fn pull_back(db: &Db<'_>, session_id: &str) -> Result<()> {
+    db.run(&PULL_BACK, &[session_id.into()])?;
     Ok(())
 }

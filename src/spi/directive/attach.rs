@@ -4,6 +4,7 @@ use super::Backlog;
 use super::partitions::{self, with_partitions};
 use crate::error::Result;
 use crate::spi::statement::Db;
+use crate::worker::wake;
 
 /// The triggers on a backlog, apart from the schema of their functions. The server fires triggers
 /// in the order of their names: the two that keep the mirror come last among the BEFORE triggers,
@@ -171,6 +172,8 @@ fn triggers_on(db: &Db<'_>, backlog: &Backlog) -> Result<Vec<(String, String)>> 
 
 /// At installation: the view, and the triggers on the extension's own backlog.
 pub fn attach_own(db: &Db<'_>) -> Result<()> {
+    // So that the worker learns of this database.
+    wake::at_commit();
     rebuild_view(db)?;
     let catalog = db.catalog()?;
     if let Some(backlog) = &catalog.backlog {
