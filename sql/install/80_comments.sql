@@ -22,6 +22,10 @@ COMMENT ON COLUMN claude_sessions.progress_note IS 'What the session said of it.
 COMMENT ON COLUMN claude_sessions.stale_noted_for IS 'The last heartbeat before the silence that the audit has told of.';
 COMMENT ON COLUMN claude_sessions.age_warned_for IS 'The claim of whose age the audit has warned.';
 
+COMMENT ON TABLE sd_conflict_matrix IS
+    'Pairs of SDs that must not be worked on at once: see declare_conflict(). resolved_at NULL: in force.';
+COMMENT ON COLUMN sd_conflict_matrix.conflict_severity IS 'blocking refuses claims; warning is only on record.';
+COMMENT ON TABLE sd_holds IS 'SDs that a person has stopped: see hold_sd().';
 COMMENT ON TABLE lifecycle_event_positions IS
     'The order in which events became visible; a place in it is the cursor of lifecycle_events_since().';
 COMMENT ON TABLE event_frontier IS
@@ -116,6 +120,14 @@ COMMENT ON FUNCTION unbind_directives() IS
     'Lets the bound table go as it was and makes the extension''s own table the backlog again. Needs the operator level and the table''s ownership.';
 COMMENT ON FUNCTION assert_claim(text, text, bigint) IS
     'Raises 55000 unless the session holds exactly this acquisition, and then keeps it held until the transaction ends: no takeover, release or reaping slips in between. Returns the claim id.';
+COMMENT ON FUNCTION declare_conflict(text, text, text, text) IS
+    'From now on the two SDs must not be worked on at once: a claim on one is refused with conflict while a live session holds the other. Severity warning is only put on record. Claims that are held already stay.';
+COMMENT ON FUNCTION resolve_conflict(text, text) IS 'Ends the conflict of two SDs. Refuses with no_conflict.';
+COMMENT ON FUNCTION hold_sd(text, text) IS
+    'A person''s stop sign: the SD cannot be claimed until unhold_sd(). A reason is mandatory. Who holds it already keeps it.';
+COMMENT ON FUNCTION unhold_sd(text) IS 'Takes the stop sign away. Refuses with not_held.';
+COMMENT ON FUNCTION takeover_sd(text, text, text) IS
+    'An operator''s force: gives the SD to the session although another one, even a live one, holds it; waits for a guard. A reason is mandatory; the audit and the loser''s next heartbeat tell it. Answers like claim_sd().';
 COMMENT ON FUNCTION guard_table(regclass, name) IS
     'From now on rows of an SD in the table can be written only by a transaction that asserted the claim on it. The caller must own the table.';
 COMMENT ON FUNCTION unguard_table(regclass) IS 'Takes the guard off a table. The caller must own it.';

@@ -6,7 +6,7 @@ use pgrx::JsonB;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
-use super::{answer, check_may_act_for, reason_or, shared};
+use super::{answer, check_may_act_for, mandatory_reason, reason_or, shared};
 use crate::error::{Result, checked_id};
 use crate::identity;
 use crate::spi::{Db, claim, directive, session};
@@ -49,7 +49,24 @@ fn acquire(
     track: Option<&str>,
 ) -> Result<Result<Claimed, Refusal>> {
     shared::note_acting_for(session_id);
-    claim::acquire(db, sd_id, session_id, track, |session| check_may_act_for(db, session))
+    claim::acquire(db, sd_id, session_id, track, None, |session| check_may_act_for(db, session))
+}
+
+#[pg_extern(volatile, parallel_unsafe, security_definer)]
+#[search_path(pg_catalog, pg_temp)]
+fn takeover_sd(
+    p_sd_id: Option<&str>,
+    p_session_id: Option<&str>,
+    p_reason: Option<&str>,
+) -> Result<JsonB, ErrorReport> {
+    let sd_id = checked_id("p_sd_id", p_sd_id)?;
+    let session_id = checked_id("p_session_id", p_session_id)?;
+    let reason = mandatory_reason(p_reason)?;
+    Ok(Db::connect(|db| {
+        shared::note_acting_for(session_id);
+        let may = |session: &session::Session| check_may_act_for(db, session);
+        answer(claim::acquire(db, sd_id, session_id, None, Some(reason), may)?)
+    })?)
 }
 
 #[pg_extern(volatile, parallel_unsafe, security_definer)]

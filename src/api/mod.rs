@@ -4,10 +4,12 @@
 //! answered with an error that names the argument.
 
 mod claim;
+mod conflict;
 pub mod directive;
 mod grant;
 mod guard;
 mod heartbeat;
+mod hold;
 pub mod lease;
 mod manager;
 mod ops;
@@ -55,6 +57,15 @@ fn may_act_for_all(db: &Db<'_>, session_ids: &[String]) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// A reason that must be given.
+fn mandatory_reason(reason: Option<&str>) -> Result<&str> {
+    reason.filter(|reason| !reason.trim().is_empty()).ok_or_else(|| ClaimError::InvalidArgument {
+        argument: "p_reason",
+        reason: "must not be NULL or blank".into(),
+        hint: Some("Say why, for whoever reads the audit.".into()),
+    })
 }
 
 /// A reason as it is recorded: free text, so that no reason can make a release fail.

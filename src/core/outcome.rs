@@ -112,6 +112,28 @@ pub struct LostClaim {
     pub held_by: Option<String>,
 }
 
+/// A person's stop sign on an SD.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Hold {
+    /// Why.
+    pub reason: String,
+    /// Who.
+    pub held_by: String,
+    /// Since when.
+    pub held_at: DateTime<Utc>,
+}
+
+/// A conflict with an SD that a live session holds.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Conflict {
+    /// Its kind, as it was declared.
+    pub conflict_type: String,
+    /// The other SD.
+    pub conflicting_sd: String,
+    /// Who holds that.
+    pub conflicting_session: String,
+}
+
 /// Why a request was refused.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Refusal {
@@ -144,6 +166,32 @@ pub enum Refusal {
         /// Its status.
         status: String,
     },
+    /// A person has stopped the SD.
+    Held {
+        /// The SD.
+        sd_id: String,
+        /// Who stopped it, when and why.
+        hold: Hold,
+    },
+    /// A live session holds an SD that must not be worked on at the same time.
+    Conflict {
+        /// The SD.
+        sd_id: String,
+        /// What is in the way.
+        conflict: Conflict,
+    },
+    /// The two SDs have no conflict.
+    NoConflict {
+        /// One SD.
+        sd_id: String,
+        /// The other one.
+        other: String,
+    },
+    /// Nobody has stopped the SD.
+    NotHeld {
+        /// The SD.
+        sd_id: String,
+    },
     /// Another transaction is writing the session; nobody can take anything from it meanwhile.
     SessionBusy {
         /// The session.
@@ -175,6 +223,10 @@ impl Refusal {
             Self::SdNotFound { .. } => "sd_not_found",
             Self::SdTerminalStatus { .. } => "sd_terminal_status",
             Self::SessionBusy { .. } => "session_busy",
+            Self::Held { .. } => "held",
+            Self::Conflict { .. } => "conflict",
+            Self::NoConflict { .. } => "no_conflict",
+            Self::NotHeld { .. } => "not_held",
             Self::NoClaim { .. } => "no_claim",
             Self::ClaimLost { .. } => "claim_lost",
         }
@@ -201,6 +253,10 @@ struct RefusalJson<'a> {
     claim_id: Option<i64>,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     owner: Option<OwnerJson<'a>>,
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    hold: Option<&'a Hold>,
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    conflict: Option<&'a Conflict>,
 }
 
 #[derive(Serialize)]
@@ -237,6 +293,8 @@ impl Serialize for Refusal {
             lost_claim: None,
             claim_id: None,
             owner: None,
+            hold: None,
+            conflict: None,
         };
         match self {
             Self::AlreadyClaimed { sd_id, owner } => {
@@ -261,7 +319,17 @@ impl Serialize for Refusal {
             | Self::SessionReleased { session_id }
             | Self::SessionBusy { session_id }
             | Self::NoClaim { session_id } => json.session_id = Some(session_id),
-            Self::SdNotFound { sd_id } => json.sd_id = Some(sd_id),
+            Self::SdNotFound { sd_id }
+            | Self::NotHeld { sd_id }
+            | Self::NoConflict { sd_id, .. } => json.sd_id = Some(sd_id),
+            Self::Held { sd_id, hold } => {
+                json.sd_id = Some(sd_id);
+                json.hold = Some(hold);
+            }
+            Self::Conflict { sd_id, conflict } => {
+                json.sd_id = Some(sd_id);
+                json.conflict = Some(conflict);
+            }
             Self::SdTerminalStatus { sd_id, status } => {
                 json.sd_id = Some(sd_id);
                 json.status = Some(status);

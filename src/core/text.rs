@@ -27,6 +27,17 @@ pub fn message(refusal: &Refusal) -> String {
         }
         Refusal::SdNotFound { sd_id } => format!("the backlog has no SD \"{sd_id}\""),
         Refusal::SdTerminalStatus { sd_id, status } => format!("{sd_id} is {status}"),
+        Refusal::Held { sd_id, hold } => {
+            format!("{sd_id} is held by {}: {}", hold.held_by, printable(&hold.reason))
+        }
+        Refusal::Conflict { sd_id, conflict } => format!(
+            "{sd_id} is in conflict ({}) with {}, which {} has claimed",
+            printable(&conflict.conflict_type),
+            conflict.conflicting_sd,
+            conflict.conflicting_session,
+        ),
+        Refusal::NoConflict { sd_id, other } => format!("{sd_id} and {other} are in no conflict"),
+        Refusal::NotHeld { sd_id } => format!("{sd_id} is not held"),
         Refusal::NoClaim { session_id } => format!("session \"{session_id}\" holds no SD"),
         Refusal::ClaimLost { session_id, claim_id, .. } => {
             format!("claim {claim_id} is not held by session \"{session_id}\"")
@@ -53,7 +64,13 @@ pub fn hint(refusal: &Refusal) -> Option<&'static str> {
         Refusal::SdTerminalStatus { .. } => {
             Some("Set the SD's status back if there is more work to do on it.")
         }
-        Refusal::NoClaim { .. } => None,
+        Refusal::Held { .. } => {
+            Some("Work on another SD; an operator takes the stop sign away with unhold_sd().")
+        }
+        Refusal::Conflict { .. } => Some(
+            "Work on another SD, or try again once the other one is released; an operator ends the conflict with resolve_conflict().",
+        ),
+        Refusal::NoClaim { .. } | Refusal::NoConflict { .. } | Refusal::NotHeld { .. } => None,
         Refusal::ClaimLost { .. } => {
             Some("Stop working under this claim; claim the SD again if it is free.")
         }

@@ -5,12 +5,14 @@
 
 pub mod catalog;
 pub mod claim;
+pub mod conflict;
 pub mod directive;
 pub mod event;
 pub mod grant;
 pub mod guard;
 pub mod health;
 pub mod heartbeat;
+pub mod hold;
 pub mod manager;
 pub mod order;
 pub mod prune;

@@ -1,5 +1,6 @@
 //! Before a session's row is written: a direct write is made whole, or refused with a reason.
 
+use pg_claims_core::outcome::Refusal;
 use pg_claims_core::{age, id, text};
 use pgrx::heap_tuple::PgHeapTuple;
 use pgrx::prelude::*;
@@ -8,7 +9,7 @@ use pgrx::{AllocatedByRust, PgSqlErrorCode};
 use super::{Row, SessionRow, is_restoring, run};
 use crate::error::{ClaimError, Result};
 use crate::spi::claim::{self, Picture};
-use crate::spi::{Db, directive, time};
+use crate::spi::{Db, conflict, directive, time};
 
 /// The reason recorded for a claim that ended by a direct write that gave none.
 const DIRECT_WRITE: &str = "direct_write";
@@ -158,7 +159,7 @@ fn claim_by_hand(row: &SessionRow, sd_id: &str, given_up: &[&str]) -> Result<Ses
         match &picture.sd {
             None => return Err(unknown_sd(sd_id)),
             Some(sd) if sd.is_terminal => return Err(finished_sd(&picture, sd_id)),
-            Some(_) => {}
+            Some(sd) => check_may_be_claimed(db, sd, &row.session_id)?,
         }
         if picture.owner.as_ref().is_some_and(|(owner, _)| owner.session_id != row.session_id) {
             return Err(claimed_by_another(&picture, sd_id));
@@ -176,6 +177,30 @@ fn claim_by_hand(row: &SessionRow, sd_id: &str, given_up: &[&str]) -> Result<Ses
             ..row.clone()
         })
     })
+}
+
+/// Neither stopped by a person, nor in conflict with what another live session holds.
+fn check_may_be_claimed(db: &Db<'_>, sd: &claim::Sd, session_id: &str) -> Result<()> {
+    let sd_id = sd.sd_id.clone();
+    if let Some(hold) = &sd.hold {
+        return Err(refused(&Refusal::Held { sd_id, hold: hold.clone() }));
+    }
+    if sd.has_conflicts {
+        conflict::enter(db, &sd.sd_id)?;
+        if let Some(conflict) = conflict::live_opponent(db, &sd.sd_id, session_id)? {
+            return Err(refused(&Refusal::Conflict { sd_id, conflict }));
+        }
+    }
+    Ok(())
+}
+
+fn refused(refusal: &Refusal) -> ClaimError {
+    ClaimError::DirectWrite {
+        code: PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+        message: text::message(refusal),
+        detail: None,
+        hint: text::hint(refusal).unwrap_or_default(),
+    }
 }
 
 fn write(tuple: &mut PgHeapTuple<'_, AllocatedByRust>, row: &SessionRow) -> Result<()> {

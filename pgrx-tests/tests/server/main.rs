@@ -9,6 +9,7 @@ mod backlog_binding;
 mod bad_input;
 mod catching_up;
 mod claim;
+mod conflict;
 mod direct_writes;
 mod dump_restore;
 mod guard;

@@ -10,6 +10,7 @@ function claim_reclaimable_at(timestamp with time zone,timestamp with time zone,
 function claim_sd(text,text,text)
 function cleanup_stale_sessions(integer,integer)
 function complete_session_write()
+function declare_conflict(text,text,text,text)
 function end_session(text,text)
 function extend_lease(text,interval,bigint)
 function force_heartbeat(text)
@@ -18,6 +19,7 @@ function grant_coordination(text,text)
 function guard_table(regclass,name)
 function heartbeat_age_human(timestamp with time zone,timestamp with time zone)
 function heartbeat_sessions(text[])
+function hold_sd(text,text)
 function is_heartbeat_active()
 function is_sd_claimed(text,text)
 function keep_directive_mirror()
@@ -34,15 +36,19 @@ function release_finished_directive()
 function release_sd(text,text,bigint)
 function release_truncated_directives()
 function report_progress(text,text,bigint)
+function resolve_conflict(text,text)
 function sd_start(text,text,text)
 function start_heartbeat(text)
 function stop_heartbeat()
 function sync_is_working_on_with_session()
+function takeover_sd(text,text,text)
 function unbind_directives()
 function unguard_table(regclass)
+function unhold_sd(text)
 function update_session_heartbeat(text,bigint)
 sequence lifecycle_event_positions_position_seq
 sequence sd_claims_claim_id_seq
+sequence sd_conflict_matrix_conflict_id_seq
 sequence session_lifecycle_events_event_id_seq
 table claude_sessions
 table directive_binding
@@ -50,6 +56,8 @@ table event_frontier
 table heartbeat_connections
 table lifecycle_event_positions
 table sd_claims
+table sd_conflict_matrix
+table sd_holds
 table session_lifecycle_events
 table strategic_directives_v2
 table worker_health
@@ -89,6 +97,7 @@ fn indexes_and_triggers_are_exactly_these() {
           ORDER BY line COLLATE \"C\"",
     );
     let expected = "\
+index sd_conflict_matrix_open_b_idx
 trigger claude_sessions_complete_trigger on claude_sessions
 trigger claude_sessions_truncate_trigger on claude_sessions
 trigger directive_binding_trigger on directive_binding
@@ -111,6 +120,9 @@ unique index idx_claude_sessions_unique_active_claim
 unique index lifecycle_event_positions_pkey
 unique index sd_claims_open_key
 unique index sd_claims_pkey
+unique index sd_conflict_matrix_open_key
+unique index sd_conflict_matrix_pkey
+unique index sd_holds_pkey
 unique index session_lifecycle_events_pkey
 unique index strategic_directives_v2_pkey
 unique index worker_health_pkey";

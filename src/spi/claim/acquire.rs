@@ -9,7 +9,7 @@
 
 use chrono::{DateTime, Utc};
 use pg_claims_core::outcome::{Claimed, Owner, Refusal, TookOver};
-use pgrx::pg_sys::BuiltinOid::{INT8OID, TEXTOID, TIMESTAMPTZOID};
+use pgrx::pg_sys::BuiltinOid::{BOOLOID, INT8OID, TEXTOID, TIMESTAMPTZOID};
 
 use super::history;
 use super::picture::{self, Picture};
@@ -19,7 +19,7 @@ use crate::error::{ClaimError, Result};
 use crate::spi::session::Session;
 use crate::spi::statement::{Db, Statement};
 use crate::spi::time;
-use crate::spi::{directive, guard};
+use crate::spi::{conflict, directive, guard};
 
 /// How often to look again before giving up. Each round means that another transaction has
 /// committed a change to the same SD or session since the last look, so a few suffice; only
@@ -32,17 +32,29 @@ const TAKEN_OVER: &str = "taken_over";
 /// What a look at the tables allows.
 enum Verdict {
     Refuse(Refusal),
-    AlreadyHeld { claim_id: i64, sd_id: String, claimed_at: DateTime<Utc>, track: Option<String> },
-    Take { sd_id: String, gives_up: Option<(String, i64)>, stale_owner: Option<Owner> },
+    AlreadyHeld {
+        claim_id: i64,
+        sd_id: String,
+        claimed_at: DateTime<Utc>,
+        track: Option<String>,
+    },
+    Take {
+        sd_id: String,
+        gives_up: Option<(String, i64)>,
+        /// Who loses the SD: a stale owner, or any by force.
+        loser: Option<Owner>,
+        has_conflicts: bool,
+    },
 }
 
-/// Gives the SD to the session, or says why not. `may_act_for` checks the caller's right to the
-/// session.
+/// Gives the SD to the session, or says why not. With a reason for using `force` also if a live session
+/// holds it. `may_act_for` checks the caller's right to the session.
 pub fn acquire(
     db: &Db<'_>,
     sd_id: &str,
     session_id: &str,
     track: Option<&str>,
+    force: Option<&str>,
     may_act_for: impl Fn(&Session) -> Result<()>,
 ) -> Result<Result<Claimed, Refusal>> {
     let mut locked: Vec<String> = Vec::new();
@@ -54,7 +66,7 @@ pub fn acquire(
         {
             reap::pull_back(db, &owner.session_id)?;
         }
-        match judge(picture, sd_id, session_id, &may_act_for)? {
+        match judge(picture, sd_id, session_id, force.is_some(), &may_act_for)? {
             Verdict::Refuse(refusal) => return Ok(Err(refusal)),
             Verdict::AlreadyHeld { claim_id, sd_id, claimed_at, track } => {
                 if touch(db, session_id, claim_id)? {
@@ -71,17 +83,27 @@ pub fn acquire(
                     }));
                 }
             }
-            Verdict::Take { sd_id, gives_up, stale_owner } => {
+            Verdict::Take { sd_id, gives_up, loser, has_conflicts } => {
                 let mut concerned = vec![sd_id.clone()];
                 concerned.extend(gives_up.as_ref().map(|(given_up, _)| given_up.clone()));
-                if !concerned.iter().all(|sd_id| locked.contains(sd_id)) {
+                let is_locked = concerned.iter().all(|sd_id| locked.contains(sd_id));
+                if has_conflicts {
+                    if is_locked {
+                        conflict::enter(db, &sd_id)?;
+                    }
+                    // Before anything is locked as well: so a refusal writes nothing.
+                    if let Some(conflict) = conflict::live_opponent(db, &sd_id, session_id)? {
+                        return Ok(Err(Refusal::Conflict { sd_id, conflict }));
+                    }
+                }
+                if !is_locked {
                     locked.extend(directive::lock(db, concerned)?);
                     // The SD that is given up need not be there any more; the one to be claimed is
                     // looked for again, and locked, until it is.
                     locked.extend(gives_up.map(|(given_up, _)| given_up));
                     continue;
                 }
-                let taken = take(db, &sd_id, session_id, track, gives_up, stale_owner)?;
+                let taken = take(db, &sd_id, session_id, track, gives_up, loser, force)?;
                 if let Some(claimed) = taken {
                     return Ok(Ok(claimed));
                 }
@@ -95,6 +117,7 @@ fn judge(
     picture: Picture,
     asked_for: &str,
     session_id: &str,
+    by_force: bool,
     may_act_for: &impl Fn(&Session) -> Result<()>,
 ) -> Result<Verdict> {
     let Some(session) = picture.session else {
@@ -121,7 +144,8 @@ fn judge(
         let status = sd.status.unwrap_or_default();
         return Ok(Verdict::Refuse(Refusal::SdTerminalStatus { sd_id: sd.sd_id, status }));
     }
-    let stale_owner = match picture.owner {
+    let loser = match picture.owner {
+        Some((owner, _)) if by_force => Some(owner),
         // A stale owner's SD may still be kept for it for a while, and an open transaction of its own
         // that guards the claim is a sign of life.
         Some((owner, is_stale)) if !is_stale || owner.kept_until.is_some() || owner.guarded => {
@@ -130,7 +154,11 @@ fn judge(
         Some((owner, _)) => Some(owner),
         None => None,
     };
-    Ok(Verdict::Take { sd_id: sd.sd_id, gives_up: session.claim, stale_owner })
+    if let Some(hold) = sd.hold {
+        return Ok(Verdict::Refuse(Refusal::Held { sd_id: sd.sd_id, hold }));
+    }
+    let has_conflicts = sd.has_conflicts;
+    Ok(Verdict::Take { sd_id: sd.sd_id, gives_up: session.claim, loser, has_conflicts })
 }
 
 /// Writes the claim. `None` when something changed since the look; then nothing is left behind.
@@ -140,26 +168,31 @@ fn take(
     session_id: &str,
     track: Option<&str>,
     gives_up: Option<(String, i64)>,
-    stale_owner: Option<Owner>,
+    loser: Option<Owner>,
+    force: Option<&str>,
 ) -> Result<Option<Claimed>> {
     let held = gives_up.as_ref().map(|(_, claim_id)| *claim_id);
     if let Some(held) = held {
         guard::exclude(db, held)?;
     }
-    if let Some(owner) = &stale_owner {
+    if let Some(owner) = &loser {
+        // Force waits for the owner's guards, before any session is locked. Otherwise a guard that was
+        // opened since the look is not waited for.
+        if force.is_some() {
+            guard::exclude(db, owner.claim_id)?;
+        } else if !guard::try_exclude(db, owner.claim_id)? {
+            return Ok(None);
+        }
         // Its own session is locked before the owner loses anything: nobody is evicted for a claim
-        // that is refused in the end. A guard that was opened since the look is not waited for.
-        if !hold_session(db, session_id, held)?
-            || !guard::try_exclude(db, owner.claim_id)?
-            || !expire(db, owner, session_id)?
-        {
+        // that is refused in the end.
+        if !hold_session(db, session_id, held)? || !expire(db, owner, session_id, force)? {
             return Ok(None);
         }
     }
-    let took_over = stale_owner.as_ref().map(|owner| owner.claim_id);
+    let took_over = loser.as_ref().map(|owner| owner.claim_id);
     let Some((claim_id, claimed_at)) = history::open(db, sd_id, session_id, track, took_over)?
     else {
-        return match stale_owner {
+        return match loser {
             None => Ok(None),
             // The SD is locked and its owner has just lost it: an acquisition that is still open
             // belongs to nobody. The error undoes the takeover.
@@ -179,7 +212,7 @@ fn take(
         claim_id,
         already_owned: false,
         released_sd: gives_up.map(|(given_up, _)| given_up),
-        took_over: stale_owner.as_ref().map(TookOver::from),
+        took_over: loser.as_ref().map(TookOver::from),
     }))
 }
 
@@ -231,21 +264,23 @@ static EXPIRE: Statement = Statement::new(
                     released_at = pg_catalog.clock_timestamp(), release_reason = $4,
                     updated_at = pg_catalog.clock_timestamp()
               WHERE session_id = $1 AND claim_id = $2
-                AND {reclaimable_at} <= pg_catalog.clock_timestamp()
+                AND ($5 OR {reclaimable_at} <= pg_catalog.clock_timestamp())
           RETURNING 1",
             x = c.schema,
             reclaimable_at = super::reclaimable_at(&c.schema),
         )
     },
-    &[TEXTOID, INT8OID, TEXTOID, TEXTOID],
+    &[TEXTOID, INT8OID, TEXTOID, TEXTOID, BOOLOID],
 );
 
-fn expire(db: &Db<'_>, owner: &Owner, in_favour_of: &str) -> Result<bool> {
+/// Ends the owner's claim if its lease has expired, or by force.
+fn expire(db: &Db<'_>, owner: &Owner, in_favour_of: &str, force: Option<&str>) -> Result<bool> {
     let arguments = [
         owner.session_id.as_str().into(),
         owner.claim_id.into(),
         in_favour_of.into(),
-        TAKEN_OVER.into(),
+        force.unwrap_or(TAKEN_OVER).into(),
+        force.is_some().into(),
     ];
     let _ending = Ending::new();
     Ok(db.first_row(&EXPIRE, &arguments)?.is_some())

@@ -7,7 +7,7 @@ pub mod reap;
 
 pub use acquire::acquire;
 pub use history::{close, is_opening, lost, next_id, open_as, see_latest};
-pub use picture::{Picture, look};
+pub use picture::{Picture, Sd, look};
 
 use std::cell::Cell;
 

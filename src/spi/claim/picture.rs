@@ -2,7 +2,7 @@
 
 use chrono::{DateTime, TimeDelta, Utc};
 use pg_claims_core::age;
-use pg_claims_core::outcome::{Owner, Progress};
+use pg_claims_core::outcome::{Hold, Owner, Progress};
 use pgrx::pg_sys::BuiltinOid::TEXTOID;
 
 use crate::error::Result;
@@ -41,6 +41,10 @@ pub struct Sd {
     pub status: Option<String>,
     /// Whether it is finished.
     pub is_terminal: bool,
+    /// Whether a person has stopped it.
+    pub hold: Option<Hold>,
+    /// Whether there are SDs that must not be worked on at the same time.
+    pub has_conflicts: bool,
 }
 
 static PICTURE: Statement = Statement::new(
@@ -51,10 +55,17 @@ static PICTURE: Statement = Statement::new(
                     d.sd_id, d.status, d.is_terminal,
                     o.session_id, o.heartbeat_at, o.silent_until, o.stale_after, o.claimed_at,
                     o.hostname, o.tty, o.codebase, o.track, o.claim_id, o.progress_at,
-                    o.progress_note
+                    o.progress_note, h.reason, h.held_by::text, h.held_at,
+                    EXISTS (SELECT FROM {x}.sd_conflict_matrix m
+                             WHERE m.sd_id_a = d.sd_id AND m.resolved_at IS NULL
+                               AND m.conflict_severity = 'blocking')
+                    OR EXISTS (SELECT FROM {x}.sd_conflict_matrix m
+                                WHERE m.sd_id_b = d.sd_id AND m.resolved_at IS NULL
+                                  AND m.conflict_severity = 'blocking')
                FROM (VALUES (1)) AS one
                LEFT JOIN {x}.claude_sessions s ON s.session_id = $1
                LEFT JOIN LATERAL ({resolve}) d ON true
+               LEFT JOIN {x}.sd_holds h ON h.sd_id = d.sd_id
                LEFT JOIN {x}.claude_sessions o
                  ON o.sd_id = d.sd_id AND o.sd_id IS NOT NULL AND o.status = 'active'",
             x = c.schema,
@@ -82,7 +93,20 @@ pub fn look(db: &Db<'_>, session_id: Option<&str>, sd_id: &str) -> Result<Pictur
     };
     let sd = match row.text(8)? {
         None => None,
-        Some(sd_id) => Some(Sd { sd_id, status: row.text(9)?, is_terminal: row.flag(10)? }),
+        Some(sd_id) => Some(Sd {
+            sd_id,
+            status: row.text(9)?,
+            is_terminal: row.flag(10)?,
+            hold: match row.text(23)? {
+                None => None,
+                Some(reason) => Some(Hold {
+                    reason,
+                    held_by: row.required_text(24, "sd_holds.held_by")?,
+                    held_at: row.required_instant(25, "sd_holds.held_at")?,
+                }),
+            },
+            has_conflicts: row.flag(26)?,
+        }),
     };
     let mut is_owner_ahead = false;
     let owner = match row.text(11)? {

@@ -1,0 +1,129 @@
+//! Pairs of SDs that must not be worked on at once.
+
+use pg_claims_core::outcome::Conflict;
+use pgrx::pg_sys::BuiltinOid::TEXTOID;
+
+use super::guard;
+use super::heartbeat;
+use super::row::Row;
+use super::statement::{Db, Statement};
+use super::time;
+use crate::error::Result;
+use crate::{guc, identity};
+
+/// A pair in the order in which it is stored: by bytes, whatever the database's collation.
+pub fn ordered<'a>(a: &'a str, b: &'a str) -> (&'a str, &'a str) {
+    if a < b { (a, b) } else { (b, a) }
+}
+
+// Two claims of one pair meet at its row: the second one waits for the first, and under REPEATABLE
+// READ and SERIALIZABLE it is a serialization failure. In the order of the pairs' numbers, so that
+// claims with several pairs cannot wait for each other in a circle.
+static ENTER: Statement = Statement::new(
+    |c| {
+        format!(
+            "WITH pairs AS MATERIALIZED (
+                 SELECT conflict_id FROM {x}.sd_conflict_matrix
+                  WHERE (sd_id_a = $1 OR sd_id_b = $1) AND resolved_at IS NULL
+                    AND conflict_severity = 'blocking'
+                  ORDER BY conflict_id FOR NO KEY UPDATE)
+             UPDATE {x}.sd_conflict_matrix m SET last_claim_at = pg_catalog.clock_timestamp()
+               FROM pairs WHERE m.conflict_id = pairs.conflict_id",
+            x = c.schema
+        )
+    },
+    &[TEXTOID],
+);
+
+/// Excludes concurrent claims on what the SD is in conflict with, until the transaction ends.
+pub fn enter(db: &Db<'_>, sd_id: &str) -> Result<()> {
+    db.run(&ENTER, &[sd_id.into()])?;
+    Ok(())
+}
+
+static OPPONENTS: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT m.conflict_type, o.sd_id, o.session_id, o.claim_id, o.heartbeat_at,
+                    o.silent_until, o.stale_after, o.claimed_at
+               FROM (SELECT conflict_id, conflict_type, sd_id_b AS other
+                       FROM {x}.sd_conflict_matrix
+                      WHERE sd_id_a = $1 AND resolved_at IS NULL AND conflict_severity = 'blocking'
+                      UNION ALL
+                     SELECT conflict_id, conflict_type, sd_id_a FROM {x}.sd_conflict_matrix
+                      WHERE sd_id_b = $1 AND resolved_at IS NULL AND conflict_severity = 'blocking') m
+               JOIN {x}.claude_sessions o
+                 ON o.sd_id = m.other AND o.sd_id IS NOT NULL AND o.status = 'active'
+              WHERE o.session_id <> $2
+              ORDER BY m.conflict_id",
+            x = c.schema
+        )
+    },
+    &[TEXTOID, TEXTOID],
+);
+
+/// The first conflict of the SD with one that another live session than `session_id` holds.
+pub fn live_opponent(db: &Db<'_>, sd_id: &str, session_id: &str) -> Result<Option<Conflict>> {
+    let mut rows = db.run(&OPPONENTS, &[sd_id.into(), session_id.into()])?;
+    let rules = guc::lease_rules();
+    while rows.next().is_some() {
+        let claim_id = rows.required_bigint(4, "claude_sessions.claim_id")?;
+        let is_stale = heartbeat::read_lease(&rows, 5)?.is_stale(&rules, time::now());
+        if is_stale && !guard::is_held(claim_id) {
+            continue;
+        }
+        return Ok(Some(Conflict {
+            conflict_type: rows.required_text(1, "sd_conflict_matrix.conflict_type")?,
+            conflicting_sd: rows.required_text(2, "claude_sessions.sd_id")?,
+            conflicting_session: rows.required_text(3, "claude_sessions.session_id")?,
+        }));
+    }
+    Ok(None)
+}
+
+static DECLARE: Statement = Statement::new(
+    |c| {
+        format!(
+            "INSERT INTO {}.sd_conflict_matrix
+                    (sd_id_a, sd_id_b, conflict_type, conflict_severity, declared_by)
+             VALUES ($1, $2, $3, $4, $5::name)
+             ON CONFLICT (sd_id_a, sd_id_b) WHERE resolved_at IS NULL DO UPDATE
+                SET conflict_type = EXCLUDED.conflict_type,
+                    conflict_severity = EXCLUDED.conflict_severity",
+            c.schema
+        )
+    },
+    &[TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID],
+);
+
+/// Puts the pair on record, or changes what is on record of it.
+pub fn declare(db: &Db<'_>, pair: (&str, &str), kind: &str, severity: &str) -> Result<()> {
+    let arguments = [
+        pair.0.into(),
+        pair.1.into(),
+        kind.into(),
+        severity.into(),
+        identity::caller()?.name().into(),
+    ];
+    db.run(&DECLARE, &arguments)?;
+    Ok(())
+}
+
+static RESOLVE: Statement = Statement::new(
+    |c| {
+        format!(
+            "UPDATE {}.sd_conflict_matrix
+                SET resolved_at = pg_catalog.clock_timestamp(), resolved_by = $3::name
+              WHERE sd_id_a = $1 AND sd_id_b = $2 AND resolved_at IS NULL
+          RETURNING 1",
+            c.schema
+        )
+    },
+    &[TEXTOID, TEXTOID, TEXTOID],
+);
+
+/// Ends the conflict of a pair. False where there is none.
+pub fn resolve(db: &Db<'_>, pair: (&str, &str)) -> Result<bool> {
+    let arguments = [pair.0.into(), pair.1.into(), identity::caller()?.name().into()];
+    Ok(db.first_row(&RESOLVE, &arguments)?.is_some())
+}
