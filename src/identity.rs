@@ -42,12 +42,22 @@ thread_local! {
 pub fn caller() -> Result<Role> {
     // SAFETY: neither has preconditions in a transaction.
     unsafe {
+        if let Some(role) = ACTING.get() {
+            return Ok(Role(role));
+        }
         if pg_sys::InSecurityRestrictedOperation() {
             return Err(ClaimError::Restricted);
         }
-        Ok(Role(ACTING.get().unwrap_or_else(|| pg_sys::GetOuterUserId())))
+        Ok(Role(pg_sys::GetOuterUserId()))
     }
 }
+
+/// What the acting may not do. Until PostgreSQL 18 a deferred trigger runs with the rights of whoever
+/// commits, be it the worker; in a security-restricted operation the server refuses to defer any.
+#[cfg(not(feature = "pg18"))]
+const RESTRICTION: i32 = pg_sys::SECURITY_RESTRICTED_OPERATION as i32;
+#[cfg(feature = "pg18")]
+const RESTRICTION: i32 = 0;
 
 /// Acts as another role until it is dropped.
 pub struct ActingAs {
@@ -89,6 +99,7 @@ impl ActingAs {
             pg_sys::SetUserIdAndSecContext(
                 role,
                 context
+                    | RESTRICTION
                     | pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32
                     | pg_sys::SECURITY_NOFORCE_RLS as i32,
             );

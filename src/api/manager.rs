@@ -47,7 +47,7 @@ fn start(db: &Db<'_>, session_id: &str) -> Result<Value> {
     Ok(serde_json::to_value(Started {
         success: true,
         session_id: session_id.to_owned(),
-        interval_ms: guc::heartbeat_interval().num_milliseconds(),
+        interval_ms: manager::interval_of(db, Some(session_id))?.num_milliseconds(),
     })?)
 }
 
@@ -69,9 +69,11 @@ fn is_heartbeat_active() -> Result<JsonB, ErrorReport> {
 #[search_path(pg_catalog, pg_temp)]
 fn get_heartbeat_stats() -> Result<JsonB, ErrorReport> {
     Ok(Db::connect(|db| {
+        let managed = manager::find(db, Connection::own())?;
+        let interval = manager::interval_of(db, managed.as_ref().map(|m| m.session_id.as_str()))?;
         answer(Ok(Stats::new(
-            manager::find(db, Connection::own())?,
-            guc::heartbeat_interval(),
+            managed,
+            interval,
             guc::max_heartbeat_failures(),
             shared::also_used_by(),
             time::now(),

@@ -154,7 +154,8 @@ impl Stats {
                 && also_used_by.is_none(),
             is_active: activity.active,
             session_id: activity.session_id,
-            interval_seconds: interval.num_seconds(),
+            // In whole seconds, for what is mostly half a minute.
+            interval_seconds: interval.num_seconds().max(1),
             last_successful_heartbeat: activity.last_successful_heartbeat,
             seconds_since_last_heartbeat: since.map(age::seconds),
             consecutive_failures: activity.consecutive_failures,

@@ -159,12 +159,36 @@ static DUE: Statement = Statement::new(
             x = c.schema
         )
     },
-    &[FLOAT8OID, FLOAT8OID],
+    &[FLOAT8OID, FLOAT8OID, FLOAT8OID, FLOAT8OID],
 );
 
 /// The interval of a connection's heartbeat in seconds: the setting ($1) or, where that would be too
-/// long for its session's lease (its own, or the usual $2), a third of that.
-const INTERVAL: &str = "LEAST($1, COALESCE(EXTRACT(EPOCH FROM s.stale_after)::float8, $2) / 3)";
+/// long for its session's lease (its own within the limits $3 and $4, or the usual $2), a third of
+/// that.
+const INTERVAL: &str = "LEAST($1, COALESCE(GREATEST($3, LEAST($4, EXTRACT(EPOCH FROM s.stale_after)::float8)), $2) / 3)";
+
+static INTERVAL_OF: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT {INTERVAL} FROM (VALUES (1)) AS one
+               LEFT JOIN {}.claude_sessions s ON s.session_id = $5",
+            c.schema
+        )
+    },
+    &[FLOAT8OID, FLOAT8OID, FLOAT8OID, FLOAT8OID, TEXTOID],
+);
+
+/// The interval of the heartbeat that the server gives, or would give, for a session.
+pub fn interval_of(db: &Db<'_>, session_id: Option<&str>) -> Result<TimeDelta> {
+    let [setting, usual, shortest, longest] = intervals();
+    let arguments = [setting, usual, shortest, longest, session_id.into()];
+    let seconds = required(db.run(&INTERVAL_OF, &arguments)?.first().get(1)?, "an interval")?;
+    Ok(milliseconds(seconds))
+}
+
+fn milliseconds(seconds: f64) -> TimeDelta {
+    TimeDelta::milliseconds((seconds * 1000.0) as i64)
+}
 
 static SHORTEST: Statement = Statement::new(
     |c| {
@@ -176,18 +200,19 @@ static SHORTEST: Statement = Statement::new(
             x = c.schema
         )
     },
-    &[FLOAT8OID, FLOAT8OID],
+    &[FLOAT8OID, FLOAT8OID, FLOAT8OID, FLOAT8OID],
 );
 
 /// The shortest interval of all heartbeats, if there are any.
 pub fn shortest_interval(db: &Db<'_>) -> Result<Option<TimeDelta>> {
     let seconds: Option<f64> = db.run(&SHORTEST, &intervals())?.first().get(1)?;
-    Ok(seconds.map(|seconds| TimeDelta::milliseconds((seconds * 1000.0) as i64)))
+    Ok(seconds.map(milliseconds))
 }
 
-fn intervals<'a>() -> [DatumWithOid<'a>; 2] {
-    let usual_lease = guc::lease_rules().stale_after;
-    [age::seconds(guc::heartbeat_interval()).into(), age::seconds(usual_lease).into()]
+fn intervals<'a>() -> [DatumWithOid<'a>; 4] {
+    let rules = guc::lease_rules();
+    [guc::heartbeat_interval(), rules.stale_after, rules.min_stale_after, rules.max_stale_after]
+        .map(|time| age::seconds(time).into())
 }
 
 /// The connections whose heartbeat is due.

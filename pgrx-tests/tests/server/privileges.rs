@@ -238,6 +238,31 @@ fn a_backlog_owner_s_deferred_trigger_never_runs_with_the_rights_of_whoever_comm
     let seen = "SELECT string_agg(as_role, ',') FROM seen";
     assert_eq!(value(&mut owner, seen), Some(format!("{tenant},{tenant}")));
     assert_in_step(&mut owner);
+    // Nor by way of another table: what would be deferred there is refused, or since 18 runs as the
+    // role that wrote it.
+    t.batch_execute(
+        "CREATE TABLE further (a text);
+         CREATE CONSTRAINT TRIGGER spy AFTER INSERT ON further DEFERRABLE INITIALLY DEFERRED
+           FOR EACH ROW EXECUTE FUNCTION spy();
+         CREATE FUNCTION chain() RETURNS trigger LANGUAGE plpgsql AS
+           $$ BEGIN SET CONSTRAINTS ALL DEFERRED; INSERT INTO public.further VALUES ('x'); RETURN NULL; END $$;
+         CREATE TRIGGER chain AFTER UPDATE ON theirs FOR EACH ROW EXECUTE FUNCTION chain()",
+    )
+    .unwrap();
+    let attempt = owner.query("SELECT claim_sd('T-1', 's1')", &[]);
+    let newer = value(&mut owner, "SELECT current_setting('server_version_num')::int >= 180000");
+    if newer.as_deref() != Some("true") {
+        assert_eq!(sqlstate(&attempt.unwrap_err()), "42501");
+    }
+    assert_eq!(
+        value(&mut owner, "SELECT count(*) FROM seen WHERE as_role <> (SELECT tableowner FROM pg_tables WHERE tablename = 'theirs')").as_deref(),
+        Some("0")
+    );
+    release(&mut owner, "s1");
+    t.batch_execute(
+        "DROP TRIGGER chain ON theirs; DELETE FROM seen; INSERT INTO seen VALUES ('a'), ('b')",
+    )
+    .unwrap();
     // The user's own writes are deferred as before.
     t.batch_execute("BEGIN; UPDATE theirs SET key = 'T-2'").unwrap();
     assert_eq!(count(&mut t, "SELECT count(*) FROM seen"), 2);

@@ -28,8 +28,8 @@ pub struct Backlog {
     enums: Vec<String>,
     /// A column that the table does not have (any more).
     missing: Option<String>,
-    /// Its deferrable constraint triggers, as SET CONSTRAINTS names them, and whether each is deferred
-    /// unless told otherwise.
+    /// Its deferrable constraints, as SET CONSTRAINTS names them, and whether each is deferred unless
+    /// told otherwise.
     pub deferrable: Vec<(String, bool)>,
 }
 
@@ -77,7 +77,7 @@ impl Backlog {
             }
             present.push(name);
         }
-        let deferrable = deferrable_triggers(db, table_oid)?;
+        let deferrable = deferrable_constraints(db, table_oid)?;
         let missing = columns.named().find(|column| !present.contains(column)).cloned();
         Ok(Self {
             // Rows of tables that inherit from it are not its own: they could repeat a key.
@@ -167,13 +167,13 @@ impl Backlog {
     }
 }
 
-fn deferrable_triggers(db: &Db<'_>, table: pg_sys::Oid) -> Result<Vec<(String, bool)>> {
+fn deferrable_constraints(db: &Db<'_>, table: pg_sys::Oid) -> Result<Vec<(String, bool)>> {
     let rows = db.run_once(
-        "SELECT pg_catalog.format('%I.%I', n.nspname, c.conname), t.tginitdeferred
+        "SELECT DISTINCT pg_catalog.format('%I.%I', n.nspname, c.conname), t.tginitdeferred
            FROM pg_catalog.pg_trigger t
-           JOIN pg_catalog.pg_constraint c ON c.oid = t.tgconstraint AND c.contype = 't'
+           JOIN pg_catalog.pg_constraint c ON c.oid = t.tgconstraint
            JOIN pg_catalog.pg_namespace n ON n.oid = c.connamespace
-          WHERE t.tgrelid = $1 AND t.tgdeferrable ORDER BY c.conname",
+          WHERE t.tgrelid = $1 AND t.tgdeferrable ORDER BY 1",
         &[table.into()],
     )?;
     let mut found = Vec::new();

@@ -172,8 +172,11 @@ pub fn sync(db: &Db<'_>, sd_id: &str, session_id: Option<&str>) -> Result<()> {
         Syncing::new(Target { sd_id: sd_id.to_owned(), session_id: session_id.map(str::to_owned) });
     let arguments = [sd_id.into(), session_id.into()];
     let written = as_owner(db, |db| {
+        set_constraints(db, true)?;
         let rows = db.run(&SYNC, &arguments)?;
-        if rows.is_empty() { Ok(None) } else { rows.first().flag(1).map(Some) }
+        let written = if rows.is_empty() { None } else { Some(rows.first().flag(1)?) };
+        set_constraints(db, false)?;
+        Ok(written)
     })?;
     let refused = match written {
         Some(as_asked) => !as_asked,
@@ -183,30 +186,24 @@ pub fn sync(db: &Db<'_>, sd_id: &str, session_id: Option<&str>) -> Result<()> {
     if refused {
         return Err(ClaimError::MirrorRefused { sd_id: sd_id.to_owned() });
     }
-    if written.is_some() { fire_deferred_triggers(db) } else { Ok(()) }
-}
-
-/// Until PostgreSQL 18 a deferred trigger runs with the rights of whoever commits: a caller's, or the
-/// worker's. So those of the backlog's owner are fired at once, with the owner's.
-#[cfg(not(feature = "pg18"))]
-fn fire_deferred_triggers(db: &Db<'_>) -> Result<()> {
-    let catalog = db.catalog()?;
-    let Some(backlog) = catalog.backlog.as_ref().filter(|b| !b.deferrable.is_empty()) else {
-        return Ok(());
-    };
-    let _acting = ActingAs::table_owner(backlog.owner, &backlog.search_path);
-    for (constraint, is_deferred) in &backlog.deferrable {
-        db.run_once(&format!("SET CONSTRAINTS {constraint} IMMEDIATE"), &[])?;
-        if *is_deferred {
-            db.run_once(&format!("SET CONSTRAINTS {constraint} DEFERRED"), &[])?;
-        }
-    }
     Ok(())
 }
 
-/// Since PostgreSQL 18 a deferred trigger runs with the rights of whoever wrote the row.
-#[cfg(feature = "pg18")]
-fn fire_deferred_triggers(_: &Db<'_>) -> Result<()> {
+/// Where the server defers nothing for the backlog's owner (see [`ActingAs`]), the backlog's own
+/// deferrable constraints are made immediate for the time of a write, and then as they were.
+fn set_constraints(db: &Db<'_>, immediate: bool) -> Result<()> {
+    if cfg!(feature = "pg18") {
+        return Ok(());
+    }
+    let catalog = db.catalog()?;
+    let constraints = catalog.backlog.iter().flat_map(|backlog| &backlog.deferrable);
+    for (constraint, is_deferred) in constraints {
+        if immediate {
+            db.run_once(&format!("SET CONSTRAINTS {constraint} IMMEDIATE"), &[])?;
+        } else if *is_deferred {
+            db.run_once(&format!("SET CONSTRAINTS {constraint} DEFERRED"), &[])?;
+        }
+    }
     Ok(())
 }
 
