@@ -62,11 +62,11 @@ fn checked_batch(batch: Option<i32>) -> Result<i32> {
 /// Reaps up to `limit` claims. What is locked is passed by and does not count.
 fn reap_up_to(db: &Db<'_>, policy: Policy, limit: i32) -> Result<i32> {
     let mut reaped = 0;
-    let mut after: Option<String> = None;
+    let mut after = 0;
     while reaped < limit {
-        let candidates = reap::scan(db, policy, after.as_deref(), limit - reaped)?;
+        let candidates = reap::scan(db, policy, after, limit - reaped)?;
         let Some(last) = candidates.last() else { break };
-        after = Some(last.sd_id.clone());
+        after = last.claim_id;
         for candidate in &candidates {
             reaped += i32::from(reap::attend(db, candidate, policy)?);
         }

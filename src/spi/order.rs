@@ -5,6 +5,7 @@ use pg_claims_core::notice::Notice;
 use pgrx::JsonB;
 use pgrx::pg_sys;
 use pgrx::pg_sys::BuiltinOid::{INT4OID, INT8ARRAYOID, INT8OID, TEXTARRAYOID, TEXTOID};
+use pgrx::spi::SpiTupleTable;
 
 use super::event::EventType;
 use super::row::Row;
@@ -30,6 +31,17 @@ static BEGIN: Statement = Statement::new(
     &[],
 );
 
+static PEEK: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT scanned_to, gaps_first, gaps_last, gaps_before, announced_to
+               FROM {}.event_frontier",
+            c.schema
+        )
+    },
+    &[],
+);
+
 // Somebody else who is at it does the work for both.
 static HOLD: Statement = Statement::new(
     |c| {
@@ -42,17 +54,21 @@ static HOLD: Statement = Statement::new(
     &[],
 );
 
-static IS_THERE: Statement =
-    Statement::new(|c| format!("SELECT 1 FROM {}.event_frontier", c.schema), &[]);
-
-/// The frontier, locked, and how far events have been announced. `None` while somebody else has it.
-fn hold(db: &Db<'_>) -> Result<Option<(Frontier, i64)>> {
-    if db.first_row(&IS_THERE, &[])?.is_none() {
+/// The frontier, and how far events have been announced, without locking it. Makes the first one.
+fn peek(db: &Db<'_>) -> Result<Option<(Frontier, i64)>> {
+    let peeked = db.first_row(&PEEK, &[])?.map(|row| read(&row)).transpose()?;
+    if peeked.is_none() {
         db.run(&BEGIN, &[])?;
     }
-    let Some(row) = db.first_row(&HOLD, &[])? else {
-        return Ok(None);
-    };
+    Ok(peeked)
+}
+
+/// The same, locked. `None` while somebody else has it.
+fn hold(db: &Db<'_>) -> Result<Option<(Frontier, i64)>> {
+    db.first_row(&HOLD, &[])?.map(|row| read(&row)).transpose()
+}
+
+fn read(row: &SpiTupleTable<'_>) -> Result<(Frontier, i64)> {
     let list = |position| -> Result<Vec<i64>> {
         required(row.get::<Vec<i64>>(position)?, "event_frontier")
     };
@@ -64,7 +80,7 @@ fn hold(db: &Db<'_>) -> Result<Option<(Frontier, i64)>> {
         .collect();
     let frontier =
         Frontier { scanned_to: row.required_bigint(1, "event_frontier.scanned_to")?, gaps };
-    Ok(Some((frontier, row.required_bigint(5, "event_frontier.announced_to")?)))
+    Ok((frontier, row.required_bigint(5, "event_frontier.announced_to")?))
 }
 
 // One statement, so that events and transaction id are those of one snapshot.
@@ -112,21 +128,18 @@ static KEEP: Statement = Statement::new(
 /// Appends up to `limit` events that have become visible to the order, and those that were awaited.
 /// Returns how many.
 pub fn append_visible(db: &Db<'_>, limit: i32) -> Result<usize> {
+    // Most looks find nothing to do, and then write nothing.
+    if let Some((mut peeked, _)) = peek(db)? {
+        let before = peeked.clone();
+        if look(db, &mut peeked, limit)?.is_empty() && peeked == before {
+            return Ok(0);
+        }
+    }
     let Some((mut frontier, _)) = hold(db)? else {
         return Ok(0);
     };
     let before = frontier.clone();
-    let (first, last) = bounds(&frontier);
-    let arguments = [frontier.scanned_to.into(), first.into(), last.into(), limit.into()];
-    let row = db.run(&LOOK, &arguments)?.first();
-    let moment =
-        Moment { xmin: row.required_bigint(1, "pg_current_snapshot()")?, next_xid: next_xid() };
-    let list = |position| -> Result<Vec<i64>> {
-        required(row.get::<Vec<i64>>(position)?, "session_lifecycle_events.event_id")
-    };
-    let mut seen = list(2)?;
-    seen.extend(list(3)?);
-    frontier.advance(&seen, moment);
+    let seen = look(db, &mut frontier, limit)?;
     if !seen.is_empty() {
         db.run(&APPEND, &[seen.clone().into()])?;
     }
@@ -137,6 +150,22 @@ pub fn append_visible(db: &Db<'_>, limit: i32) -> Result<usize> {
         db.run(&KEEP, &kept)?;
     }
     Ok(seen.len())
+}
+
+/// The events that have become visible since, up to `limit` of the new ones; advances the frontier.
+fn look(db: &Db<'_>, frontier: &mut Frontier, limit: i32) -> Result<Vec<i64>> {
+    let (first, last) = bounds(frontier);
+    let arguments = [frontier.scanned_to.into(), first.into(), last.into(), limit.into()];
+    let row = db.run(&LOOK, &arguments)?.first();
+    let moment =
+        Moment { xmin: row.required_bigint(1, "pg_current_snapshot()")?, next_xid: next_xid() };
+    let list = |position| -> Result<Vec<i64>> {
+        required(row.get::<Vec<i64>>(position)?, "session_lifecycle_events.event_id")
+    };
+    let mut seen = list(2)?;
+    seen.extend(list(3)?);
+    frontier.advance(&seen, moment);
+    Ok(seen)
 }
 
 /// The gaps' first and last numbers.
@@ -165,6 +194,11 @@ static UNANNOUNCED: Statement = Statement::new(
     &[INT8OID, INT4OID, TEXTARRAYOID],
 );
 
+static IS_MORE: Statement = Statement::new(
+    |c| format!("SELECT 1 FROM {}.lifecycle_event_positions WHERE position > $1 LIMIT 1", c.schema),
+    &[INT8OID],
+);
+
 static NOTIFY: Statement =
     Statement::new(|_| "SELECT pg_catalog.pg_notify($1, $2)".into(), &[TEXTOID, TEXTOID]);
 
@@ -176,6 +210,11 @@ static ANNOUNCED_TO: Statement = Statement::new(
 /// Announces up to `limit` events, in order; in silence if `aloud` is false, so that listeners are
 /// not flooded with the past once they are told again. Returns how many it went past.
 pub fn announce(db: &Db<'_>, limit: i32, aloud: bool) -> Result<usize> {
+    if let Some((_, announced_to)) = peek(db)?
+        && db.first_row(&IS_MORE, &[announced_to.into()])?.is_none()
+    {
+        return Ok(0);
+    }
     let Some((_, announced_to)) = hold(db)? else {
         return Ok(0);
     };

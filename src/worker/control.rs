@@ -6,7 +6,9 @@
 
 use std::cell::Cell;
 use std::ffi::{CStr, CString};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{
+    AtomicBool, AtomicI64, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering,
+};
 use std::time::Duration;
 
 use pgrx::pg_sys;
@@ -59,6 +61,8 @@ pub struct Slot {
     worker_latch: AtomicUsize,
     /// Grows while the worker gets on.
     turns: AtomicU32,
+    /// The claim at which the reaper was last; the next worker goes on behind it.
+    reaped_to: AtomicI64,
 }
 
 /// What is known of a database.
@@ -154,12 +158,23 @@ impl Slot {
         self.turns.load(ORDER)
     }
 
+    /// The claim at which the reaper was last; 0: it has come to the end.
+    pub fn reaped_to(&self) -> i64 {
+        self.reaped_to.load(ORDER)
+    }
+
+    /// Remembers the claim at which the reaper is.
+    pub fn set_reaped_to(&self, claim_id: i64) {
+        self.reaped_to.store(claim_id, ORDER);
+    }
+
     fn clear(&self, database: u32) {
         self.database.store(0, ORDER);
         self.kind.store(0, ORDER);
         self.pending.store(false, ORDER);
         self.running.store(false, ORDER);
         self.interval.store(0, ORDER);
+        self.reaped_to.store(0, ORDER);
         self.worker_latch.store(0, ORDER);
         self.database.store(database, ORDER);
     }
@@ -219,6 +234,11 @@ impl Control {
     /// Remembers whether the server has no slot free; returns what was remembered before.
     pub fn set_starved(&self, starved: bool) -> bool {
         self.starved.swap(starved, ORDER)
+    }
+
+    /// The list of databases is out of date.
+    pub fn request_rescan(&self) {
+        self.rescan.store(true, ORDER);
     }
 
     /// Whether the list of databases is out of date; takes the note of it.

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use pgrx::pg_sys;
 
-use super::control::{self, Control, Found, Kind, Slot};
+use super::control::{self, Found, Kind};
 use super::process;
-use super::round::{self, Round};
+use super::round::{self, Round, Stay};
 use crate::guc;
 
 /// How long the worker waits for more before it ends: long enough to spare a process for each
@@ -23,11 +23,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// database.
 const LONGEST_STAY: Duration = Duration::from_secs(60);
 
-/// How long it stays where another database waits for its turn.
-const SHORT_STAY: Duration = Duration::from_millis(250);
-
 /// What the worker's settings are, whatever the database or the superuser has.
-const SETTINGS: [(&CStr, &CStr); 8] = [
+const SETTINGS: &[(&CStr, &CStr)] = &[
     // Nothing that a user may have made is found by an unqualified name.
     (c"search_path", c"pg_catalog, pg_temp"),
     (c"default_transaction_isolation", c"read committed"),
@@ -40,6 +37,10 @@ const SETTINGS: [(&CStr, &CStr); 8] = [
     (c"lock_timeout", c"1s"),
     (c"statement_timeout", c"0"),
     (c"idle_in_transaction_session_timeout", c"0"),
+    #[cfg(any(feature = "pg17", feature = "pg18"))]
+    (c"transaction_timeout", c"0"),
+    // The triggers that keep everything in step fire.
+    (c"session_replication_role", c"origin"),
 ];
 
 /// A database worker's main function; the argument is the database's id.
@@ -61,12 +62,13 @@ pub extern "C-unwind" fn pg_claims_worker_main(argument: pg_sys::Datum) {
     // SAFETY: the process's own latch.
     slot.set_worker_latch(unsafe { pg_sys::MyLatch });
     set_settings();
+    let stay = Stay { control, slot, began: Instant::now() };
     // Where the work could not be done, or the process is terminated, the slot goes on saying that a
     // worker runs, by which the launcher knows that it must start another.
-    while work(control, slot) {
+    while work(&stay) {
         // In this order: whoever announces work sets it down first and then asks who runs.
         slot.set_running(false);
-        if !slot.is_pending() || control.is_crowded() {
+        if !slot.is_pending() || stay.is_over() || stay.began.elapsed() >= LONGEST_STAY {
             return;
         }
         slot.set_running(true);
@@ -75,11 +77,11 @@ pub extern "C-unwind" fn pg_claims_worker_main(argument: pg_sys::Datum) {
 
 /// Works until there has been nothing to do for a while, or another database waits. Returns false if
 /// that was not possible.
-fn work(control: &Control, slot: &Slot) -> bool {
-    let mut round = Round::begin(slot);
-    let began = Instant::now();
-    let mut quiet_since = began;
-    while quiet_since.elapsed() < LINGER && began.elapsed() < LONGEST_STAY {
+fn work(stay: &Stay<'_>) -> bool {
+    let slot = stay.slot;
+    let mut round = Round::begin(stay);
+    let mut quiet_since = Instant::now();
+    while quiet_since.elapsed() < LINGER && stay.began.elapsed() < LONGEST_STAY {
         let was_pending = slot.take_pending();
         match round::is_installed() {
             Some(true) => slot.set_kind(Kind::Served),
@@ -92,10 +94,7 @@ fn work(control: &Control, slot: &Slot) -> bool {
         if round.run() || was_pending {
             quiet_since = Instant::now();
         }
-        if !guc::worker() {
-            break;
-        }
-        if control.is_crowded() && began.elapsed() >= SHORT_STAY {
+        if !guc::worker() || stay.is_over() {
             break;
         }
         process::idle();

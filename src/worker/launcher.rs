@@ -24,7 +24,8 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// databases have something to do, they take turns.
 const MAX_WORKERS: usize = 2;
 
-/// How soon to come again after a worker that ended before its work was done.
+/// How soon to come again after a worker that ended before its work was done; twice as long after each
+/// further one, up to the interval of idle databases.
 const AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// After how many intervals of reaping without getting on a database worker counts as stuck, such as
@@ -44,6 +45,8 @@ struct Visit {
     waiting_since: Option<Instant>,
     /// Until when it has to wait, as the last one failed.
     put_off_until: Option<Instant>,
+    /// How often in a row.
+    failures: u32,
     /// How long to leave a database alone that has not the extension.
     other_interval: Duration,
     worker: Option<Child>,
@@ -56,6 +59,7 @@ impl Visit {
             due: Instant::now(),
             waiting_since: None,
             put_off_until: None,
+            failures: 0,
             other_interval: OTHER_INTERVALS.0,
             worker: None,
         }
@@ -127,9 +131,10 @@ fn serve(control: &Control, visits: &mut [Visit]) -> Duration {
     let now = Instant::now();
     for visit in &mut *visits {
         let Some(slot) = control.slot_of(visit.database) else { continue };
-        collect(visit, slot, now);
+        collect(control, visit, slot, now);
         let wants = visit.worker.is_none()
-            && (visit.due <= now || (slot.is_pending() && !visit.is_put_off(now)));
+            && (visit.due <= now || slot.is_pending())
+            && !visit.is_put_off(now);
         visit.waiting_since = wants.then(|| visit.waiting_since.unwrap_or(now));
     }
     visits.sort_by_key(|visit| visit.waiting_since.unwrap_or(now));
@@ -175,13 +180,13 @@ fn serve(control: &Control, visits: &mut [Visit]) -> Duration {
     let next = visits
         .iter()
         .filter(|visit| visit.worker.is_none() && visit.waiting_since.is_none())
-        .map(|visit| visit.put_off_until.unwrap_or(visit.due).min(visit.due))
+        .map(|visit| visit.put_off_until.unwrap_or(visit.due))
         .fold(now + at_most, Instant::min);
     next.saturating_duration_since(Instant::now())
 }
 
 /// Notes the end of a database's worker, and when to come again.
-fn collect(visit: &mut Visit, slot: &Slot, now: Instant) {
+fn collect(control: &Control, visit: &mut Visit, slot: &Slot, now: Instant) {
     let Some(worker) = &mut visit.worker else { return };
     if !worker.has_ended() {
         return worker.terminate_if_stuck(slot, reap_interval() * STUCK_AFTER);
@@ -191,7 +196,13 @@ fn collect(visit: &mut Visit, slot: &Slot, now: Instant) {
         // It was terminated, or failed, before its work was done.
         slot.set_running(false);
         slot.set_pending();
-        visit.put_off_until = Some(now + AGAIN_AFTER);
+        let longer = 2_u32.saturating_pow(visit.failures);
+        visit.put_off_until = Some(now + AGAIN_AFTER.saturating_mul(longer).min(IDLE_INTERVAL));
+        visit.failures = visit.failures.saturating_add(1);
+        // The database may not be there any more.
+        control.request_rescan();
+    } else {
+        visit.failures = 0;
     }
     // What it found out about the time of the next visit counts from its beginning.
     let planned = slot.interval().unwrap_or(IDLE_INTERVAL);

@@ -12,7 +12,7 @@ use pgrx::pg_sys;
 use pgrx::pg_sys::PgTryBuilder;
 use pgrx::pg_sys::panic::CaughtError;
 
-use super::control::Slot;
+use super::control::{Control, Slot};
 use super::process;
 use crate::error::{ClaimError, Result};
 use crate::guc;
@@ -24,7 +24,10 @@ use crate::spi::{Db, directive, health, heartbeat, manager, order, prune, sessio
 const BATCH: i32 = 100;
 
 /// How many claims one transaction ends.
-const REAP_BATCH: usize = 100;
+const REAP_BATCH: usize = 25;
+
+/// How long ending them may take.
+const BATCH_LIMIT: Duration = Duration::from_secs(2);
 
 /// How long a transaction may take: what a trigger of the user's does in it must not keep the
 /// heartbeats of others.
@@ -55,9 +58,29 @@ pub fn is_installed() -> Option<bool> {
     })
 }
 
-/// One stay in the database.
+/// How long the worker may stay.
+pub struct Stay<'c> {
+    /// What all processes share.
+    pub control: &'c Control,
+    /// The database's part of it.
+    pub slot: &'c Slot,
+    /// Since when it has been here.
+    pub began: Instant,
+}
+
+/// How long the worker stays where another database waits for its turn.
+const SHORT_STAY: Duration = Duration::from_millis(250);
+
+impl Stay<'_> {
+    /// Whether it is another database's turn.
+    pub fn is_over(&self) -> bool {
+        self.control.is_crowded() && self.began.elapsed() >= SHORT_STAY
+    }
+}
+
+/// The work of one stay in the database.
 pub struct Round<'c> {
-    slot: &'c Slot,
+    stay: &'c Stay<'c>,
     run: health::Run,
     /// Time spent working since health was recorded.
     spent: Duration,
@@ -68,9 +91,9 @@ pub struct Round<'c> {
 
 impl<'c> Round<'c> {
     /// Begins.
-    pub fn begin(slot: &'c Slot) -> Self {
+    pub fn begin(stay: &'c Stay<'c>) -> Self {
         Self {
-            slot,
+            stay,
             run: health::Run::default(),
             spent: Duration::ZERO,
             recorded_at: Instant::now(),
@@ -81,16 +104,14 @@ impl<'c> Round<'c> {
     /// Does what there is to do. Returns whether there was anything.
     pub fn run(&mut self) -> bool {
         let start = Instant::now();
-        self.slot.take_turn();
-        // First, so that nobody beats for a connection that is not there any more.
-        let mut done = release_ended_connections(&mut self.run);
-        done |= beat_connections(&mut self.run);
+        self.stay.slot.take_turn();
+        let mut done = tend_connections(&mut self.run);
         if self.is_reaping_due() {
             self.reaped_at = Some(Instant::now());
-            done |= attend_claims(self.slot, &mut self.run);
+            done |= attend_claims(self.stay, &mut self.run);
             self.prune();
         }
-        done |= announce(self.slot, &mut self.run);
+        done |= announce(self.stay.slot, &mut self.run);
         self.spent += start.elapsed();
         if self.recorded_at.elapsed() >= reap_interval() {
             self.record();
@@ -107,7 +128,7 @@ impl<'c> Round<'c> {
             health::is_pruning_due(db, PRUNE_INTERVAL)
         });
         if due == Some(true) {
-            tidy(self.slot, &mut self.run);
+            tidy(self.stay.slot, &mut self.run);
             self.run.pruned = true;
             self.record();
         }
@@ -218,38 +239,69 @@ fn release_ended_connections(run: &mut health::Run) -> bool {
     !ended.is_empty()
 }
 
-/// Notes stale sessions, warns of old claims, and reaps.
-fn attend_claims(slot: &Slot, run: &mut health::Run) -> bool {
-    let policy = Policy { reap: guc::auto_reap(), min_silence: TimeDelta::zero() };
-    let mut after: Option<String> = None;
+/// Notes stale sessions, warns of old claims, and reaps: from where the last run was broken off, and
+/// then from the beginning. Breaks off where another database waits.
+fn attend_claims(stay: &Stay<'_>, run: &mut health::Run) -> bool {
+    let from = stay.slot.reaped_to();
     let mut any = false;
-    loop {
-        let candidates = step(run, c"pg_claims: looking for stale sessions", |db| {
-            reap::scan(db, policy, after.as_deref(), BATCH)
+    for (after, up_to) in [(from, i64::MAX), (0, from)] {
+        match attend_between(stay, run, after, up_to) {
+            Attended::BrokenOff => {
+                stay.slot.set_pending();
+                return true;
+            }
+            Attended::All { something } => any |= something,
+        }
+    }
+    stay.slot.set_reaped_to(0);
+    any
+}
+
+/// What came of attending to some claims.
+enum Attended {
+    All { something: bool },
+    BrokenOff,
+}
+
+fn attend_between(stay: &Stay<'_>, run: &mut health::Run, mut after: i64, up_to: i64) -> Attended {
+    let policy = Policy { reap: guc::auto_reap(), min_silence: TimeDelta::zero() };
+    let mut something = false;
+    while after < up_to {
+        let mut candidates = step(run, c"pg_claims: looking for stale sessions", |db| {
+            reap::scan(db, policy, after, BATCH)
         })
         .unwrap_or_default();
-        let Some(last) = candidates.last() else { return any };
-        after = Some(last.sd_id.clone());
-        any = true;
+        let is_last = candidates.len() < BATCH as usize;
+        candidates.retain(|candidate| candidate.claim_id <= up_to);
+        let Some(last) = candidates.last() else { break };
+        after = last.claim_id;
+        something = true;
         // Those that go on living apart: a trigger that runs while others are reaped must not keep
         // them locked.
         let (due, alive): (Vec<_>, Vec<_>) =
             candidates.iter().cloned().partition(|candidate| candidate.is_due);
-        attend_batch(run, &alive, policy);
+        attend_batch(stay, run, &alive, policy);
         for due in due.chunks(REAP_BATCH) {
-            slot.take_turn();
-            run.reaped += attend_batch(run, due, policy);
-            beat_connections(run);
+            if !attend_batch(stay, run, due, policy) {
+                return Attended::BrokenOff;
+            }
+            tend_connections(run);
         }
-        if candidates.len() < BATCH as usize {
-            return any;
+        if is_last {
+            break;
         }
     }
+    Attended::All { something }
 }
 
 /// All in one transaction or, if that fails, each by itself: one claim that cannot be ended, such
-/// as by a trigger of the user's, must not keep the others.
-fn attend_batch(run: &mut health::Run, candidates: &[Candidate], policy: Policy) -> i64 {
+/// as by a trigger of the user's, must not keep the others. Returns false if it was broken off.
+fn attend_batch(
+    stay: &Stay<'_>,
+    run: &mut health::Run,
+    candidates: &[Candidate],
+    policy: Policy,
+) -> bool {
     let attend = |db: &Db<'_>, candidates: &[Candidate]| -> Result<i64> {
         let mut reaped = 0;
         for candidate in candidates {
@@ -259,20 +311,33 @@ fn attend_batch(run: &mut health::Run, candidates: &[Candidate], policy: Policy)
     };
     const WHAT: &CStr = c"pg_claims: reaping stale sessions";
     if candidates.is_empty() {
-        return 0;
+        return true;
     }
-    if let Ok(reaped) = try_step(STEP_LIMIT, WHAT, |db| attend(db, candidates)) {
-        return reaped;
+    stay.slot.take_turn();
+    if let Ok(reaped) = try_step(BATCH_LIMIT, WHAT, |db| attend(db, candidates)) {
+        run.reaped += reaped;
+        return true;
     }
-    let mut reaped = 0;
-    for one in candidates.chunks(1) {
-        match try_step(SINGLE_LIMIT, WHAT, |db| attend(db, one)) {
-            Ok(done) => reaped += done,
+    for one in candidates {
+        stay.slot.take_turn();
+        match try_step(SINGLE_LIMIT, WHAT, |db| attend(db, std::slice::from_ref(one))) {
+            Ok(reaped) => run.reaped += reaped,
             Err(error) => note(run, error),
         }
-        beat_connections(run);
+        stay.slot.set_reaped_to(one.claim_id);
+        tend_connections(run);
+        if stay.is_over() {
+            return false;
+        }
     }
-    reaped
+    true
+}
+
+/// Forgets connections that have ended, and beats for the others: in this order, so that nobody beats
+/// for a connection that is not there any more.
+fn tend_connections(run: &mut health::Run) -> bool {
+    let ended = release_ended_connections(run);
+    beat_connections(run) || ended
 }
 
 /// Puts what has become visible in order, and announces it.
@@ -328,7 +393,7 @@ fn prune_all(
     let mut from = Some(0);
     while let Some(position) = from {
         slot.take_turn();
-        beat_connections(run);
+        tend_connections(run);
         from = step(run, what, |db| prune(db, position)).and_then(|stretch| stretch.next);
     }
 }
@@ -377,12 +442,13 @@ fn try_step<R>(
         }
         let deadline = process::Deadline::after(limit);
         let done = Db::connect(work).map_err(|error| error.to_string())?;
-        drop(deadline);
         // SAFETY: the snapshot and the transaction are those from above.
         unsafe {
             pg_sys::PopActiveSnapshot();
             pg_sys::CommitTransactionCommand();
         }
+        // Only now: what is deferred runs at the commit.
+        drop(deadline);
         Ok(done)
     });
     let outcome = PgTryBuilder::new(attempt)

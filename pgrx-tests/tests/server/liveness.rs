@@ -120,10 +120,45 @@ fn heartbeats_are_hot() {
         for session in ["s1", "s2", "s3"] {
             assert_eq!(beat(&mut c, session)["success"], true);
         }
+        // As a host with many sessions beats, and the worker.
+        let many = json(&mut c, "SELECT heartbeat_sessions('{s1,s2,s3}')", &[]);
+        assert_eq!(many["success"], true, "{many}");
     }
     wait_until("the heartbeats to be counted", || counted(&mut c).0 >= BEATS);
     let (updates, hot) = counted(&mut c);
     assert!(hot as f64 / updates as f64 > 0.99, "{hot} of {updates} updates were HOT");
+}
+
+#[test]
+fn the_client_s_clock_and_zone_have_no_say() {
+    let (_db, mut c) = coordinated();
+    granted(&mut c, "SD-1", "s1");
+    for zone in ["Asia/Tokyo", "America/Los_Angeles", "UTC"] {
+        c.batch_execute(&format!("SET timezone = '{zone}'; SET datestyle = 'SQL, DMY'")).unwrap();
+        beat(&mut c, "s1");
+        let age = "SELECT heartbeat_age_seconds < 30 AND heartbeat_at <= clock_timestamp() FROM v_active_sessions WHERE session_id = 's1'";
+        assert_eq!(value(&mut c, age).as_deref(), Some("true"), "{zone}");
+    }
+    // What a session calls takes no point in time: there is nothing that a clock could be wrong in.
+    let takes_a_time = "
+        SELECT count(*) FROM pg_proc p JOIN pg_depend d ON d.classid = 'pg_proc'::regclass AND d.objid = p.oid
+          JOIN pg_extension e ON e.oid = d.refobjid AND e.extname = 'pg_claims' AND d.deptype = 'e'
+         WHERE p.prosecdef AND p.proargtypes::oid[] && ARRAY['timestamptz'::regtype::oid, 'timestamp'::regtype::oid]";
+    assert_eq!(count(&mut c, takes_a_time), 0);
+}
+
+#[test]
+fn stale_is_never_stored() {
+    let (_db, mut c) = coordinated();
+    granted(&mut c, "SD-1", "s1");
+    let error = c
+        .batch_execute("UPDATE claude_sessions SET status = 'stale' WHERE session_id = 's1'")
+        .unwrap_err();
+    assert_eq!(pg_claims_tests::sqlstate(&error), "23514");
+    age_heartbeat(&mut c, "s1", "1 hour");
+    let both =
+        "SELECT status || ' ' || computed_status FROM v_active_sessions WHERE session_id = 's1'";
+    assert_eq!(value(&mut c, both).as_deref(), Some("active stale"));
 }
 
 #[test]

@@ -105,7 +105,12 @@ fn what_the_worker_passed_by_is_done_when_it_is_free() {
     wait_until("what was before to be placed", || all_placed(&mut c));
     for end in ["COMMIT", "ROLLBACK"] {
         let mut other = connect(&server, "postgres");
-        other.batch_execute("BEGIN; SELECT cleanup_stale_sessions()").unwrap();
+        // With events of its own to place, it holds the order until it ends.
+        other
+            .batch_execute(
+                "BEGIN; SELECT claim_sd('SD-5', 's2'); SELECT release_sd('s2'); SELECT cleanup_stale_sessions()",
+            )
+            .unwrap();
         granted(&mut c, "SD-1", "s1");
         release(&mut c, "s1");
         wait_until("the worker to have given up", || {
@@ -295,4 +300,45 @@ fn a_crash_repeats_no_event_that_was_read() {
     let after = read(&mut c, before.last().unwrap().0);
     assert_eq!(after.len(), 1, "{before:?} and then {after:?}");
     assert_eq!(after[0].2, "released");
+}
+
+#[test]
+fn many_sds_whose_release_hangs_only_delay_the_others() {
+    // More than a worker may spend without getting on.
+    let (_server, mut c) = served("many-hanging", &[]);
+    c.batch_execute(
+        "CREATE FUNCTION hang() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(3600); RETURN NEW; END $$;
+         CREATE TRIGGER hang BEFORE UPDATE ON strategic_directives_v2 FOR EACH ROW
+           WHEN (OLD.sd_id LIKE 'H-%' AND OLD.is_working_on AND NOT NEW.is_working_on) EXECUTE FUNCTION hang();
+         INSERT INTO strategic_directives_v2 (sd_id) SELECT 'H-' || n FROM generate_series(1, 30) n;
+         SELECT register_session('h' || n) FROM generate_series(1, 30) n;
+         SELECT claim_sd('H-' || n, 'h' || n) FROM generate_series(1, 30) n;
+         SELECT claim_sd('SD-1', 's1')",
+    )
+    .unwrap();
+    c.batch_execute("UPDATE claude_sessions SET heartbeat_at = heartbeat_at - interval '1 hour'")
+        .unwrap();
+    wait_until("the one behind them to be reaped", || is_free(&mut c, "SD-1"));
+    wait_until("the failures to be told", || {
+        value(&mut c, "SELECT errors > 10 FROM v_worker_health").as_deref() == Some("true")
+    });
+    wait_until("all events to be placed", || all_placed(&mut c));
+}
+
+#[test]
+fn looking_without_finding_anything_writes_nothing() {
+    let (_server, mut c) = served("frugal", &[]);
+    granted(&mut c, "SD-1", "s1");
+    wait_until("all events to be placed", || all_placed(&mut c));
+    let next_xid = "SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint";
+    let runs = "SELECT runs FROM v_worker_health";
+    let before = (count(&mut c, next_xid), count(&mut c, runs));
+    let mut after = before;
+    // Each run looks about ten times.
+    wait_until("five more runs", || {
+        after = (count(&mut c, next_xid), count(&mut c, runs));
+        after.1 >= before.1 + 5
+    });
+    let transactions = after.0 - before.0;
+    assert!(transactions <= 3 * (after.1 - before.1), "{transactions} transactions wrote");
 }

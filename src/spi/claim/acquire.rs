@@ -16,6 +16,7 @@ use super::picture::{self, Picture};
 use super::reap;
 use super::{Ending, Granting};
 use crate::error::{ClaimError, Result};
+use crate::guc;
 use crate::spi::session::Session;
 use crate::spi::statement::{Db, Statement};
 use crate::spi::time;
@@ -60,8 +61,9 @@ pub fn acquire(
     let mut locked: Vec<String> = Vec::new();
     for _ in 0..ROUNDS {
         let picture = picture::look(db, Some(session_id), sd_id)?;
-        // The one refusal that writes: without it such an owner would be immortal where nothing reaps.
+        // Where no worker sets it right such an owner would be immortal: the one refusal that writes.
         if let Some((owner, _)) = picture.owner.as_ref().filter(|_| picture.is_owner_ahead)
+            && !guc::worker()
             && !time::is_read_only()
         {
             reap::pull_back(db, &owner.session_id)?;

@@ -47,8 +47,8 @@ pub struct Policy {
     pub min_silence: TimeDelta,
 }
 
-// Reads the open claims, which the partial index holds together, in the order of their SDs, so that
-// what one run had to pass by does not keep it from the rest.
+// Reads the open claims, which the partial index holds together, in the order of their ids, so that
+// what one run had to pass by, or could not end, does not keep it from the rest.
 static SCAN: Statement = Statement::new(
     |c| {
         format!(
@@ -71,23 +71,18 @@ static SCAN: Statement = Statement::new(
                                     pg_catalog.clock_timestamp() AS now
                                FROM {x}.claude_sessions
                               WHERE sd_id IS NOT NULL AND status = 'active'
-                                AND ($1 IS NULL OR sd_id > $1)) s) s
+                                AND claim_id > $1) s) s
               WHERE is_ahead OR is_unnoted OR is_due OR is_ageing
-              ORDER BY sd_id LIMIT $4",
+              ORDER BY claim_id LIMIT $4",
             x = c.schema,
             reclaimable_at = super::reclaimable_at(&c.schema),
         )
     },
-    &[TEXTOID, FLOAT8OID, FLOAT8OID, INT4OID, FLOAT8OID],
+    &[INT8OID, FLOAT8OID, FLOAT8OID, INT4OID, FLOAT8OID],
 );
 
-/// Up to `limit` open claims that something is to be done about, of SDs after `after`.
-pub fn scan(
-    db: &Db<'_>,
-    policy: Policy,
-    after: Option<&str>,
-    limit: i32,
-) -> Result<Vec<Candidate>> {
+/// Up to `limit` open claims that something is to be done about, with ids above `after`.
+pub fn scan(db: &Db<'_>, policy: Policy, after: i64, limit: i32) -> Result<Vec<Candidate>> {
     let max_age = guc::max_claim_age().map(age::seconds);
     let warn_at = max_age.map(|age| age * WARN_AT);
     let arguments = [
