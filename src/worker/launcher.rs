@@ -125,9 +125,6 @@ fn hold_singleton() -> bool {
 
 /// Starts what is due, first what has waited longest. Returns how long to wait.
 fn serve(control: &Control, visits: &mut [Visit]) -> Duration {
-    if !guc::worker() {
-        return IDLE_INTERVAL;
-    }
     let now = Instant::now();
     for visit in &mut *visits {
         let Some(slot) = control.slot_of(visit.database) else { continue };
@@ -136,6 +133,11 @@ fn serve(control: &Control, visits: &mut [Visit]) -> Duration {
             && (visit.due <= now || slot.is_pending())
             && !visit.is_put_off(now);
         visit.waiting_since = wants.then(|| visit.waiting_since.unwrap_or(now));
+    }
+    if !guc::worker() {
+        // Those that run end by themselves, or are ended as stuck.
+        let is_any_left = visits.iter().any(|visit| visit.worker.is_some());
+        return if is_any_left { reap_interval() } else { IDLE_INTERVAL };
     }
     visits.sort_by_key(|visit| visit.waiting_since.unwrap_or(now));
     let mut running = visits.iter().filter(|visit| visit.worker.is_some()).count();
