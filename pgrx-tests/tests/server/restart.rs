@@ -8,6 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use pg_claims_tests::{Server, Stop, json, own_server, wait_until};
+use postgres::error::SqlState;
 use postgres::{Client, NoTls};
 
 use crate::support::*;
@@ -74,7 +75,14 @@ fn kill(pid: i32) {
 fn reconnect(server: &Server) -> Client {
     let mut client = None;
     wait_until("the server to accept connections", || {
-        client = server.config("postgres").connect(NoTls).ok();
+        match server.config("postgres").connect(NoTls) {
+            Ok(connected) => client = Some(connected),
+            // A socket without a server, or a server that is not ready, and nothing else.
+            Err(error) => assert!(
+                error.as_db_error().is_none_or(|e| e.code() == &SqlState::CANNOT_CONNECT_NOW),
+                "{error:?}"
+            ),
+        }
         client.is_some()
     });
     client.unwrap()

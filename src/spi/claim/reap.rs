@@ -13,6 +13,7 @@ use serde_json::json;
 
 use crate::error::Result;
 use crate::guc;
+use crate::spi::catalog::Catalog;
 use crate::spi::event::{self, Event, EventType};
 use crate::spi::row::Row;
 use crate::spi::statement::{Db, Statement};
@@ -203,41 +204,35 @@ fn reap(db: &Db<'_>, candidate: &Candidate, policy: Policy) -> Result<bool> {
     Ok(db.first_row(&REAP, &arguments)?.is_some())
 }
 
+/// Remembers in `noted` that the audit has told of `value`, once, and while `condition` holds.
+fn note_once(c: &Catalog, noted: &str, value: &str, condition: &str) -> String {
+    format!(
+        "WITH found AS MATERIALIZED (
+             SELECT session_id FROM {x}.claude_sessions
+              WHERE session_id = $1 AND claim_id = $2
+                AND {noted} IS DISTINCT FROM {value} AND {condition}
+                FOR NO KEY UPDATE SKIP LOCKED)
+         UPDATE {x}.claude_sessions s SET {noted} = s.{value}
+           FROM found WHERE s.session_id = found.session_id
+      RETURNING 1",
+        x = c.schema
+    )
+}
+
 static NOTE_STALE: Statement = Statement::new(
     |c| {
-        format!(
-            "WITH found AS MATERIALIZED (
-                 SELECT session_id FROM {x}.claude_sessions
-                  WHERE session_id = $1 AND claim_id = $2
-                    AND {x}.lease_expires_at(heartbeat_at, silent_until, stale_after, claimed_at)
-                        <= pg_catalog.clock_timestamp()
-                    AND stale_noted_for IS DISTINCT FROM heartbeat_at
-                    FOR NO KEY UPDATE SKIP LOCKED)
-             UPDATE {x}.claude_sessions s SET stale_noted_for = s.heartbeat_at
-               FROM found WHERE s.session_id = found.session_id
-          RETURNING 1",
-            x = c.schema
-        )
+        let is_stale = format!(
+            "{}.lease_expires_at(heartbeat_at, silent_until, stale_after, claimed_at)
+                 <= pg_catalog.clock_timestamp()",
+            c.schema
+        );
+        note_once(c, "stale_noted_for", "heartbeat_at", &is_stale)
     },
     &[TEXTOID, INT8OID],
 );
 
-static NOTE_AGE: Statement = Statement::new(
-    |c| {
-        format!(
-            "WITH found AS MATERIALIZED (
-                 SELECT session_id FROM {x}.claude_sessions
-                  WHERE session_id = $1 AND claim_id = $2
-                    AND age_warned_for IS DISTINCT FROM claim_id
-                    FOR NO KEY UPDATE SKIP LOCKED)
-             UPDATE {x}.claude_sessions s SET age_warned_for = s.claim_id
-               FROM found WHERE s.session_id = found.session_id
-          RETURNING 1",
-            x = c.schema
-        )
-    },
-    &[TEXTOID, INT8OID],
-);
+static NOTE_AGE: Statement =
+    Statement::new(|c| note_once(c, "age_warned_for", "claim_id", "true"), &[TEXTOID, INT8OID]);
 
 /// Tells the audit once.
 fn note(
