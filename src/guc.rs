@@ -153,6 +153,8 @@ static RESTART_GRACE: GucSetting<bool> = GucSetting::<bool>::new(true);
 static WORKER: GucSetting<bool> = GucSetting::<bool>::new(true);
 static AUTO_REAP: GucSetting<bool> = GucSetting::<bool>::new(true);
 static NOTIFY: GucSetting<bool> = GucSetting::<bool>::new(true);
+static AFFINITY: GucSetting<bool> = GucSetting::<bool>::new(true);
+static AFFINITY_LIMIT: GucSetting<i32> = GucSetting::<i32>::new(3);
 static MAX_HEARTBEAT_FAILURES: GucSetting<i32> = GucSetting::<i32>::new(3);
 static ON_DISCONNECT: GucSetting<OnDisconnect> =
     GucSetting::<OnDisconnect>::new(OnDisconnect::GoStale);
@@ -228,6 +230,16 @@ pub fn notify() -> bool {
     NOTIFY.get()
 }
 
+/// Whether the queue gives a session first what its host and code base worked on last.
+pub fn affinity() -> bool {
+    AFFINITY.get()
+}
+
+/// How many times in a row it may do so.
+pub fn affinity_limit() -> i32 {
+    AFFINITY_LIMIT.get()
+}
+
 /// How long a session that holds nothing may be silent before it is ended.
 pub fn session_retention() -> Option<TimeDelta> {
     nonzero(SESSION_RETENTION.get())
@@ -279,6 +291,13 @@ pub fn init() {
             GucContext::Suset,
         ),
         (
+            c"pg_claims.affinity",
+            c"Lets claim_next_sd() give a session first what its host and code base worked on last.",
+            c"",
+            &AFFINITY,
+            GucContext::Suset,
+        ),
+        (
             c"pg_claims.worker",
             c"Lets the extension run background workers.",
             c"",
@@ -289,16 +308,33 @@ pub fn init() {
     for (name, short, long, value, context) in switches {
         GucRegistry::define_bool_guc(name, short, long, value, context, GucFlags::default());
     }
-    GucRegistry::define_int_guc(
-        c"pg_claims.max_heartbeat_failures",
-        c"Sets after how many failures in a row the server stops beating for a connection.",
-        c"",
-        &MAX_HEARTBEAT_FAILURES,
-        1,
-        1000,
-        GucContext::Suset,
-        GucFlags::default(),
-    );
+    let counts = [
+        (
+            c"pg_claims.max_heartbeat_failures",
+            c"Sets after how many failures in a row the server stops beating for a connection.",
+            c"",
+            &MAX_HEARTBEAT_FAILURES,
+        ),
+        (
+            c"pg_claims.affinity_limit",
+            c"Sets how many times in a row a host and code base may be given what it worked on last.",
+            c"After that the next one in the order of the queue is given, so that none is passed over for ever.",
+            &AFFINITY_LIMIT,
+        ),
+    ];
+    for (name, short, long, value) in counts {
+        let (min, max) = (1, 1000);
+        GucRegistry::define_int_guc(
+            name,
+            short,
+            long,
+            value,
+            min,
+            max,
+            GucContext::Suset,
+            GucFlags::default(),
+        );
+    }
     GucRegistry::define_enum_guc(
         c"pg_claims.on_disconnect",
         c"Sets what becomes of a claim when the connection ends that its heartbeat was bound to.",

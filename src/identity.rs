@@ -8,6 +8,7 @@ use std::cell::Cell;
 use pgrx::pg_sys;
 
 use crate::error::{ClaimError, Result};
+use crate::local_setting::LocalSetting;
 
 /// A role: by its number, as a name may be given to another one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,7 +65,7 @@ pub struct ActingAs {
     acting: Option<pg_sys::Oid>,
     role: pg_sys::Oid,
     context: i32,
-    settings: i32,
+    _search_path: LocalSetting,
 }
 
 impl ActingAs {
@@ -80,22 +81,11 @@ impl ActingAs {
     pub fn table_owner(role: pg_sys::Oid, search_path: &std::ffi::CStr) -> Self {
         let mut previous = pg_sys::Oid::INVALID;
         let mut context = 0;
-        // SAFETY: the calls read and write the backend's user id, context flags and settings; the
-        // previous values are put back on drop, which runs on an error's unwinding as well. The
-        // strings are null-terminated and copied by the server.
+        let search_path = LocalSetting::new(c"search_path", search_path);
+        // SAFETY: the calls read and write the backend's user id and context flags; the previous values
+        // are put back on drop, which runs on an error's unwinding as well.
         unsafe {
             pg_sys::GetUserIdAndSecContext(&mut previous, &mut context);
-            let settings = pg_sys::NewGUCNestLevel();
-            pg_sys::set_config_option(
-                c"search_path".as_ptr(),
-                search_path.as_ptr(),
-                pg_sys::GucContext::PGC_USERSET,
-                pg_sys::GucSource::PGC_S_SESSION,
-                pg_sys::GucAction::GUC_ACTION_SAVE,
-                true,
-                0,
-                false,
-            );
             pg_sys::SetUserIdAndSecContext(
                 role,
                 context
@@ -104,7 +94,7 @@ impl ActingAs {
                     | pg_sys::SECURITY_NOFORCE_RLS as i32,
             );
             let acting = ACTING.replace(Some(role));
-            Self { acting, role: previous, context, settings }
+            Self { acting, role: previous, context, _search_path: search_path }
         }
     }
 }
@@ -112,13 +102,7 @@ impl ActingAs {
 impl Drop for ActingAs {
     fn drop(&mut self) {
         ACTING.set(self.acting);
-        // SAFETY: puts back what `table_owner` found. After an error the abort of the transaction or
-        // savepoint puts the settings back itself.
-        unsafe {
-            pg_sys::SetUserIdAndSecContext(self.role, self.context);
-            if !std::thread::panicking() {
-                pg_sys::AtEOXact_GUC(false, self.settings);
-            }
-        }
+        // SAFETY: puts back what `table_owner` found.
+        unsafe { pg_sys::SetUserIdAndSecContext(self.role, self.context) };
     }
 }

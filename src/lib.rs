@@ -8,6 +8,7 @@ mod api;
 mod error;
 mod guc;
 mod identity;
+mod local_setting;
 mod service;
 mod spi;
 mod trigger;
@@ -41,9 +42,14 @@ pgrx::extension_sql_file!(
     ]
 );
 pgrx::extension_sql_file!(
+    "../sql/install/50_queue.sql",
+    name = "queue",
+    requires = ["views", api::lease::is_claim_live, api::queue::dependency_cycles]
+);
+pgrx::extension_sql_file!(
     "../sql/install/80_comments.sql",
     name = "comments",
-    requires = ["views"]
+    requires = ["queue"]
 );
 pgrx::extension_sql_file!("../sql/install/90_privileges.sql", name = "privileges", finalize);
 

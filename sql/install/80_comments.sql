@@ -42,6 +42,7 @@ COMMENT ON TABLE sd_claims IS
 COMMENT ON COLUMN sd_claims.claim_id IS 'The fencing token: it only grows and never repeats.';
 COMMENT ON COLUMN sd_claims.took_over_claim_id IS 'The stale acquisition that this one took over.';
 COMMENT ON COLUMN sd_claims.taken_over_by IS 'The session that took this acquisition over.';
+COMMENT ON COLUMN sd_claims.queue_reason IS 'Why the queue gave it: lost, affinity or order; NULL: it was asked for.';
 COMMENT ON INDEX sd_claims_open_key IS 'One open acquisition per SD.';
 
 COMMENT ON TABLE session_lifecycle_events IS
@@ -68,6 +69,16 @@ $$;
 
 COMMENT ON VIEW v_directives IS
     'The backlog in one shape, whichever table it is. sd_id is the canonical id; is_terminal: finished, cannot be claimed.';
+COMMENT ON VIEW v_directive_keys IS
+    'Every key by which an SD can be named, and the SD that it names: of several the one with the lowest precedence.';
+COMMENT ON VIEW v_sd_next IS
+    'Every unfinished SD in the order of the queue. eligibility: available, claimed, blocked_by_dependency, conflict or held, with its reason; of claimed ones the owner, whole minutes since the claim, and heartbeat_color: green under 60 s, yellow under 180 s, red from 180 s.';
+COMMENT ON VIEW v_sd_queue IS
+    'Like v_sd_next, in no order; ORDER BY priority_order, rank, created_at, sd_id is the order of the queue, and reads the backlog''s index.';
+COMMENT ON VIEW v_sd_blockers IS
+    'What unfinished SDs wait for. kind: dependency (blocking_sd NULL: no SD has that key), child, or malformed (the dependencies are not a list of keys).';
+COMMENT ON VIEW v_sd_conflicts IS
+    'Blocking conflicts from each side, with who holds the other SD, and whether that claim keeps this SD from being claimed.';
 COMMENT ON VIEW v_active_sessions IS
     'One row per session that has not ended. Ages are numeric; computed_status is active, idle or stale.';
 
@@ -112,6 +123,16 @@ COMMENT ON FUNCTION claim_reclaimable_at(timestamptz, timestamptz, interval, tim
     'When such a session''s claim may be taken over or reaped: pg_claims.reclaim_delay after it went stale.';
 COMMENT ON FUNCTION heartbeat_age_human(timestamptz, timestamptz) IS
     'The time from a heartbeat to another moment as a person reads it; truncates, never rounds up.';
+COMMENT ON FUNCTION is_claim_live(timestamptz, timestamptz, interval, timestamptz, bigint) IS
+    'Whether such a session''s claim keeps others off now: until it may be reclaimed, or while a transaction is open that has asserted it.';
+COMMENT ON FUNCTION claim_next_sd(text, text) IS
+    'Claims the next SD for the session, of one track or of all: first what the reaper took from it, then what its host and code base worked on last, then by priority, rank and age. Answers like claim_sd(), with title and queue_reason; with what the session holds already, if it does. Refuses with queue_empty, and says why.';
+COMMENT ON FUNCTION sd_next(text, integer, boolean, text, integer) IS
+    'The queue as a person reads it: the first p_limit unfinished SDs by track, with who holds them or what keeps them, in p_width columns, with ANSI colours on request; the SD of p_session_id is marked.';
+COMMENT ON FUNCTION sd_blockers(text, jsonb) IS
+    'What an SD of that canonical id and with those dependencies waits for: see v_sd_blockers.';
+COMMENT ON FUNCTION dependency_cycles() IS
+    'The unfinished SDs that wait for themselves, by way of dependencies and parts, each with a circle that it is entangled in.';
 COMMENT ON FUNCTION grant_coordination(text, text) IS
     'Gives a role exactly one level: viewer (see), worker (sessions of its own), operator (every session, tables, binding), or none. Superusers, and roles granted EXECUTE.';
 COMMENT ON FUNCTION bind_directives(regclass, text[], text, text, text, text, text, text, text, text, text, text, text[]) IS

@@ -1,6 +1,7 @@
 //! Claims: acquiring, releasing, asking.
 
-use pg_claims_core::outcome::{ClaimStatus, Claimed, Refusal, Released};
+use pg_claims_core::outcome::{ClaimStatus, Claimed, Released};
+use pg_claims_core::refusal::Refusal;
 use pg_claims_core::text;
 use pgrx::JsonB;
 use pgrx::pg_sys::panic::ErrorReport;
@@ -9,7 +10,8 @@ use pgrx::prelude::*;
 use super::{answer, check_may_act_for, mandatory_reason, reason_or, shared};
 use crate::error::{Result, checked_id};
 use crate::identity;
-use crate::spi::{Db, claim, directive, session};
+use crate::spi::claim::{self, Request};
+use crate::spi::{Db, directive, session};
 
 #[pg_extern(volatile, parallel_unsafe, security_definer)]
 #[search_path(pg_catalog, pg_temp)]
@@ -49,7 +51,8 @@ fn acquire(
     track: Option<&str>,
 ) -> Result<Result<Claimed, Refusal>> {
     shared::note_acting_for(session_id);
-    claim::acquire(db, sd_id, session_id, track, None, |session| check_may_act_for(db, session))
+    let request = Request { sd_id, session_id, track, force: None, queued: None };
+    claim::acquire(db, request, |session| check_may_act_for(db, session))
 }
 
 #[pg_extern(volatile, parallel_unsafe, security_definer)]
@@ -64,8 +67,8 @@ fn takeover_sd(
     let reason = mandatory_reason(p_reason)?;
     Ok(Db::connect(|db| {
         shared::note_acting_for(session_id);
-        let may = |session: &session::Session| check_may_act_for(db, session);
-        answer(claim::acquire(db, sd_id, session_id, None, Some(reason), may)?)
+        let request = Request { sd_id, session_id, track: None, force: Some(reason), queued: None };
+        answer(claim::acquire(db, request, |session| check_may_act_for(db, session))?)
     })?)
 }
 

@@ -1,6 +1,6 @@
 //! Conflicts: SDs that must not be worked on at once.
 
-use pg_claims_core::outcome::Refusal;
+use pg_claims_core::refusal::Refusal;
 use pgrx::JsonB;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;

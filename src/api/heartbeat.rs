@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use chrono::TimeDelta;
 use pg_claims_core::age;
-use pg_claims_core::outcome::Refusal;
+use pg_claims_core::refusal::Refusal;
 use pg_claims_core::session::{Beat, BeatOrRefusal, Beats, Extended, Progressed};
 use pgrx::JsonB;
 use pgrx::datum::Interval;

@@ -1,6 +1,6 @@
 //! A person's stop sign on an SD.
 
-use pg_claims_core::outcome::Refusal;
+use pg_claims_core::refusal::Refusal;
 use pgrx::JsonB;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;

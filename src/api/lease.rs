@@ -9,7 +9,7 @@ use pgrx::prelude::*;
 
 use crate::error::Result;
 use crate::guc;
-use crate::spi::time;
+use crate::spi::{guard, time};
 
 #[pg_extern(stable, parallel_safe)]
 pub fn lease_expires_at(
@@ -31,6 +31,21 @@ pub fn claim_reclaimable_at(
 ) -> Result<Option<TimestampWithTimeZone>, ErrorReport> {
     let lease = lease(p_heartbeat_at, p_silent_until, p_stale_after, p_claimed_at);
     Ok(instant(lease.map(|lease| lease.reclaimable_at(&guc::lease_rules())))?)
+}
+
+// Reads the clock and yet is called stable: each look is at another row, and the server would not
+// read the queue in its order past a volatile function.
+#[pg_extern(stable, parallel_restricted)]
+pub fn is_claim_live(
+    p_heartbeat_at: Option<TimestampWithTimeZone>,
+    p_silent_until: Option<TimestampWithTimeZone>,
+    p_stale_after: Option<Interval>,
+    p_claimed_at: Option<TimestampWithTimeZone>,
+    p_claim_id: Option<i64>,
+) -> Option<bool> {
+    let lease = lease(p_heartbeat_at, p_silent_until, p_stale_after, p_claimed_at)?;
+    // An open transaction that guards the claim is a sign of life.
+    Some(lease.reclaimable_at(&guc::lease_rules()) > time::now() || guard::is_held(p_claim_id?))
 }
 
 fn lease(

@@ -1,7 +1,7 @@
 //! The heartbeat manager: the server beats for this connection.
 
 use pg_claims_core::manager::{Activity, NotStarted, Started, Stats, Stopped};
-use pg_claims_core::outcome::Refusal;
+use pg_claims_core::refusal::Refusal;
 use pg_claims_core::session::Beat;
 use pgrx::JsonB;
 use pgrx::pg_sys::panic::ErrorReport;

@@ -13,10 +13,11 @@ mod hold;
 pub mod lease;
 mod manager;
 mod ops;
+pub mod queue;
 mod session;
 mod shared;
 
-use pg_claims_core::outcome::Refusal;
+use pg_claims_core::refusal::Refusal;
 use pgrx::JsonB;
 use serde::Serialize;
 

@@ -1,7 +1,7 @@
 //! Sessions: registering and ending.
 
 use pg_claims_core::age;
-use pg_claims_core::outcome::Refusal;
+use pg_claims_core::refusal::Refusal;
 use pgrx::JsonB;
 use pgrx::datum::Interval;
 use pgrx::pg_sys::panic::ErrorReport;

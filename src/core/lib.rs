@@ -5,11 +5,16 @@
 //! is glue between these rules and the tables.
 
 pub mod age;
+pub mod cycle;
 pub mod frontier;
 pub mod id;
 pub mod lease;
+pub mod listing;
 pub mod manager;
 pub mod notice;
 pub mod outcome;
+pub mod priority;
+pub mod queue;
+pub mod refusal;
 pub mod session;
 pub mod text;

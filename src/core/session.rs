@@ -3,7 +3,8 @@
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 
-use crate::outcome::{LostClaim, Refusal};
+use crate::outcome::LostClaim;
+use crate::refusal::Refusal;
 
 /// A session as `register_session` and `end_session` left it.
 #[derive(Debug, Clone, PartialEq, Serialize)]

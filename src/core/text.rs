@@ -3,7 +3,8 @@
 use chrono::{DateTime, Utc};
 
 use crate::age;
-use crate::outcome::{Claimed, Owner, Refusal};
+use crate::outcome::{Claimed, Owner};
+use crate::refusal::Refusal;
 
 /// What a field reads as when the session never told.
 const UNKNOWN: &str = "unknown";
@@ -38,6 +39,7 @@ pub fn message(refusal: &Refusal) -> String {
         ),
         Refusal::NoConflict { sd_id, other } => format!("{sd_id} and {other} are in no conflict"),
         Refusal::NotHeld { sd_id } => format!("{sd_id} is not held"),
+        Refusal::QueueEmpty { shortage } => shortage.message(),
         Refusal::NoClaim { session_id } => format!("session \"{session_id}\" holds no SD"),
         Refusal::ClaimLost { session_id, claim_id, .. } => {
             format!("claim {claim_id} is not held by session \"{session_id}\"")
@@ -69,6 +71,12 @@ pub fn hint(refusal: &Refusal) -> Option<&'static str> {
         }
         Refusal::Conflict { .. } => Some(
             "Work on another SD, or try again once the other one is released; an operator ends the conflict with resolve_conflict().",
+        ),
+        Refusal::QueueEmpty { shortage } if shortage.in_cycle > 0 => Some(
+            "Take one dependency out of each circle: v_sd_next names them. For the rest try again later.",
+        ),
+        Refusal::QueueEmpty { .. } => Some(
+            "Try again when an SD has been released, finished or added; v_sd_next says of each what keeps it.",
         ),
         Refusal::NoClaim { .. } | Refusal::NoConflict { .. } | Refusal::NotHeld { .. } => None,
         Refusal::ClaimLost { .. } => {
@@ -153,7 +161,8 @@ pub fn told(fact: &Option<String>) -> String {
     fact.as_deref().map_or_else(|| UNKNOWN.into(), printable)
 }
 
-fn printable(text: &str) -> String {
+/// The text without characters that could forge lines or steer the reader's terminal.
+pub fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 

@@ -3,13 +3,10 @@
 use pg_claims_core::outcome::Conflict;
 use pgrx::pg_sys::BuiltinOid::TEXTOID;
 
-use super::guard;
-use super::heartbeat;
 use super::row::Row;
 use super::statement::{Db, Statement};
-use super::time;
 use crate::error::Result;
-use crate::{guc, identity};
+use crate::identity;
 
 /// A pair in the order in which it is stored: by bytes, whatever the database's collation.
 pub fn ordered<'a>(a: &'a str, b: &'a str) -> (&'a str, &'a str) {
@@ -41,22 +38,13 @@ pub fn enter(db: &Db<'_>, sd_id: &str) -> Result<()> {
     Ok(())
 }
 
-static OPPONENTS: Statement = Statement::new(
+static OPPONENT: Statement = Statement::new(
     |c| {
         format!(
-            "SELECT m.conflict_type, o.sd_id, o.session_id, o.claim_id, o.heartbeat_at,
-                    o.silent_until, o.stale_after, o.claimed_at
-               FROM (SELECT conflict_id, conflict_type, sd_id_b AS other
-                       FROM {x}.sd_conflict_matrix
-                      WHERE sd_id_a = $1 AND resolved_at IS NULL AND conflict_severity = 'blocking'
-                      UNION ALL
-                     SELECT conflict_id, conflict_type, sd_id_a FROM {x}.sd_conflict_matrix
-                      WHERE sd_id_b = $1 AND resolved_at IS NULL AND conflict_severity = 'blocking') m
-               JOIN {x}.claude_sessions o
-                 ON o.sd_id = m.other AND o.sd_id IS NOT NULL AND o.status = 'active'
-              WHERE o.session_id <> $2
-              ORDER BY m.conflict_id",
-            x = c.schema
+            "SELECT conflict_type, conflicting_sd, conflicting_session FROM {}.v_sd_conflicts
+              WHERE sd_id = $1 AND conflicting_session <> $2 AND is_live
+              ORDER BY conflict_id LIMIT 1",
+            c.schema
         )
     },
     &[TEXTOID, TEXTOID],
@@ -64,21 +52,14 @@ static OPPONENTS: Statement = Statement::new(
 
 /// The first conflict of the SD with one that another live session than `session_id` holds.
 pub fn live_opponent(db: &Db<'_>, sd_id: &str, session_id: &str) -> Result<Option<Conflict>> {
-    let mut rows = db.run(&OPPONENTS, &[sd_id.into(), session_id.into()])?;
-    let rules = guc::lease_rules();
-    while rows.next().is_some() {
-        let claim_id = rows.required_bigint(4, "claude_sessions.claim_id")?;
-        let is_stale = heartbeat::read_lease(&rows, 5)?.is_stale(&rules, time::now());
-        if is_stale && !guard::is_held(claim_id) {
-            continue;
-        }
-        return Ok(Some(Conflict {
-            conflict_type: rows.required_text(1, "sd_conflict_matrix.conflict_type")?,
-            conflicting_sd: rows.required_text(2, "claude_sessions.sd_id")?,
-            conflicting_session: rows.required_text(3, "claude_sessions.session_id")?,
-        }));
-    }
-    Ok(None)
+    let Some(row) = db.first_row(&OPPONENT, &[sd_id.into(), session_id.into()])? else {
+        return Ok(None);
+    };
+    Ok(Some(Conflict {
+        conflict_type: row.required_text(1, "sd_conflict_matrix.conflict_type")?,
+        conflicting_sd: row.required_text(2, "sd_conflict_matrix.sd_id")?,
+        conflicting_session: row.required_text(3, "claude_sessions.session_id")?,
+    }))
 }
 
 static DECLARE: Statement = Statement::new(

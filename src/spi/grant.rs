@@ -35,7 +35,19 @@ impl Level {
 
 /// The views and tables that each level may read.
 const RELATIONS: &[(Level, &[&str])] = &[
-    (Level::Viewer, &["v_active_sessions", "v_directives", "v_worker_health"]),
+    (
+        Level::Viewer,
+        &[
+            "v_active_sessions",
+            "v_directives",
+            "v_directive_keys",
+            "v_sd_next",
+            "v_sd_queue",
+            "v_sd_blockers",
+            "v_sd_conflicts",
+            "v_worker_health",
+        ],
+    ),
     (
         Level::Operator,
         &[
@@ -56,8 +68,8 @@ const RELATIONS: &[(Level, &[&str])] = &[
 /// What an operator may do with the extension's own backlog.
 const BACKLOG: &str = "SELECT, INSERT, UPDATE, DELETE";
 
-/// The functions that each level may call. The lease functions stand behind v_active_sessions,
-/// whose reader the server asks for the privilege.
+/// The functions that each level may call. Whoever reads a view is asked by the server for the
+/// privilege on the functions behind it.
 const FUNCTIONS: &[(Level, &[&str])] = &[
     (
         Level::Viewer,
@@ -65,6 +77,10 @@ const FUNCTIONS: &[(Level, &[&str])] = &[
             "is_sd_claimed",
             "lease_expires_at",
             "claim_reclaimable_at",
+            "is_claim_live",
+            "dependency_cycles",
+            "sd_blockers",
+            "sd_next",
             "heartbeat_age_human",
             "lifecycle_events_since",
         ],
@@ -75,6 +91,7 @@ const FUNCTIONS: &[(Level, &[&str])] = &[
             "register_session",
             "end_session",
             "claim_sd",
+            "claim_next_sd",
             "release_sd",
             "sd_start",
             "update_session_heartbeat",

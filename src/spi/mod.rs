@@ -16,6 +16,7 @@ pub mod hold;
 pub mod manager;
 pub mod order;
 pub mod prune;
+pub mod queue;
 pub mod row;
 pub mod session;
 mod statement;

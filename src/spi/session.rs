@@ -46,7 +46,7 @@ pub fn find(db: &Db<'_>, session_id: &str) -> Result<Option<Session>> {
     db.first_row(&FIND, &[session_id.into()])?.map(|row| read_session(&row)).transpose()
 }
 
-fn read_session(row: &SpiTupleTable<'_>) -> Result<Session> {
+pub(super) fn read_session(row: &SpiTupleTable<'_>) -> Result<Session> {
     Ok(Session {
         session_id: row.required_text(1, "claude_sessions.session_id")?,
         status: row.required_text(2, "claude_sessions.status")?,

@@ -10,6 +10,7 @@ use pgrx::spi::{OwnedPreparedStatement, SpiClient, SpiTupleTable};
 
 use super::catalog::{self, Catalog};
 use crate::error::{ClaimError, Result};
+use crate::local_setting::LocalSetting;
 use crate::worker::wake;
 
 /// A statement: its text, which depends on where the extension and its backlog are, and the types
@@ -81,6 +82,17 @@ impl Db<'_> {
         };
         // `select` on a mutating plan takes a fresh snapshot and assigns no transaction id.
         Ok(self.client.select(plan, None, arguments)?)
+    }
+
+    /// Runs a kept statement that looks up many things one by one. By an index each: a plan is kept, and
+    /// may have been made when a table was so small that reading it all seemed as good.
+    pub fn run_by_index(
+        &self,
+        statement: &'static Statement,
+        arguments: &[DatumWithOid<'_>],
+    ) -> Result<SpiTupleTable<'_>> {
+        let _by_index = LocalSetting::new(c"enable_seqscan", c"off");
+        self.run(statement, arguments)
     }
 
     /// Runs a kept statement that returns at most one row that matters.

@@ -109,11 +109,11 @@ pub fn keep_directive_mirror<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
     })
 }
 
-/// Whoever writes the binding gets the view that goes with it.
+/// Whoever writes the binding gets the views that go with it.
 #[pg_trigger]
 pub fn rebuild_directives_view<'a>(_trigger: &'a PgTrigger<'a>) -> Row<'a> {
     run(|| {
-        Db::connect(directive::rebuild_view)?;
+        Db::connect(directive::rebuild_views)?;
         Ok(None)
     })
 }

@@ -1,6 +1,6 @@
 //! Before a session's row is written: a direct write is made whole, or refused with a reason.
 
-use pg_claims_core::outcome::Refusal;
+use pg_claims_core::refusal::Refusal;
 use pg_claims_core::{age, id, text};
 use pgrx::heap_tuple::PgHeapTuple;
 use pgrx::prelude::*;

@@ -92,7 +92,7 @@ fn binding_corrects_the_flags_that_lied_and_reads_the_columns() {
         literal!({
             "sd_id": "SD-1", "title": "both keys", "status": null, "priority": null, "track": null,
             "rank": null, "dependencies": null, "parent_sd_id": null,
-            "created_at": "2026-07-01T12:00:00+00:00",
+            "created_at": "2026-07-01T12:00:00+00:00", "priority_order": null,
             "is_working_on": false, "active_session_id": null, "is_terminal": false,
         })
     );

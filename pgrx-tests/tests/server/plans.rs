@@ -41,7 +41,7 @@ fn crowded() -> (TestDb, Client) {
 }
 
 /// A connection that hears of every plan the server makes, whichever function or trigger runs it.
-struct Planner {
+pub struct Planner {
     client: Client,
     heard: Arc<Mutex<Vec<String>>>,
     /// The extension's tables and the backlog, as a plan names them.
@@ -51,7 +51,7 @@ struct Planner {
 impl Planner {
     /// `mode` is the server's plan_cache_mode: `force_custom_plan` plans each statement each time it
     /// runs, `force_generic_plan` and `auto` plan for all parameters and keep that.
-    fn new(db: &TestDb, mode: &str, backlog: &str) -> Self {
+    pub fn new(db: &TestDb, mode: &str, backlog: &str) -> Self {
         let heard = Arc::new(Mutex::new(Vec::new()));
         let hearing = Arc::clone(&heard);
         let mut client = db
@@ -84,7 +84,7 @@ impl Planner {
     }
 
     /// The plans that the server makes for `sql`, of statements on the tables that matter.
-    fn plans_of(&mut self, sql: &str) -> Vec<String> {
+    pub fn plans_of(&mut self, sql: &str) -> Vec<String> {
         self.heard.lock().unwrap().clear();
         self.client.simple_query(sql).unwrap();
         let mut plans = self.heard.lock().unwrap().clone();
@@ -94,7 +94,7 @@ impl Planner {
 }
 
 /// What is done on the claim path, with the number of statements that it runs on the tables.
-const CALLS: [(&str, usize); 12] = [
+const CALLS: [(&str, usize); 14] = [
     // A refusal looks once.
     ("SELECT claim_sd('SD-2', 'session-1')", 1),
     // A claim looks, locks, looks again, opens, grants; audit and mirror follow.
@@ -106,6 +106,9 @@ const CALLS: [(&str, usize); 12] = [
     ("SELECT update_session_heartbeat('session-1')", 1),
     ("SELECT release_sd('session-1')", 6),
     ("SELECT is_sd_claimed('SD-2')", 1),
+    // The queue looks at the session, chooses and locks; then as a claim, with one look.
+    ("SELECT claim_next_sd('session-1')", 7),
+    ("SELECT release_sd('session-1')", 6),
     ("SELECT register_session('session-1')", 2),
     ("UPDATE strategic_directives_v2 SET status = 'completed' WHERE sd_id = 'SD-4'", 7),
     ("SELECT * FROM v_active_sessions WHERE sd_id = 'SD-2'", 1),

@@ -6,11 +6,13 @@ const OBJECTS: &str = "\
 function assert_claim(text,text,bigint)
 function bind_directives(regclass,text[],text,text,text,text,text,text,text,text,text,text,text[])
 function check_guarded_write()
+function claim_next_sd(text,text)
 function claim_reclaimable_at(timestamp with time zone,timestamp with time zone,interval,timestamp with time zone)
 function claim_sd(text,text,text)
 function cleanup_stale_sessions(integer,integer)
 function complete_session_write()
 function declare_conflict(text,text,text,text)
+function dependency_cycles()
 function end_session(text,text)
 function extend_lease(text,interval,bigint)
 function force_heartbeat(text)
@@ -20,6 +22,7 @@ function guard_table(regclass,name)
 function heartbeat_age_human(timestamp with time zone,timestamp with time zone)
 function heartbeat_sessions(text[])
 function hold_sd(text,text)
+function is_claim_live(timestamp with time zone,timestamp with time zone,interval,timestamp with time zone,bigint)
 function is_heartbeat_active()
 function is_sd_claimed(text,text)
 function keep_directive_mirror()
@@ -37,6 +40,8 @@ function release_sd(text,text,bigint)
 function release_truncated_directives()
 function report_progress(text,text,bigint)
 function resolve_conflict(text,text)
+function sd_blockers(text,jsonb)
+function sd_next(text,integer,boolean,text,integer)
 function sd_start(text,text,text)
 function start_heartbeat(text)
 function stop_heartbeat()
@@ -62,7 +67,12 @@ table session_lifecycle_events
 table strategic_directives_v2
 table worker_health
 view v_active_sessions
+view v_directive_keys
 view v_directives
+view v_sd_blockers
+view v_sd_conflicts
+view v_sd_next
+view v_sd_queue
 view v_worker_health";
 
 fn lines(c: &mut postgres::Client, sql: &str) -> Vec<String> {
@@ -98,6 +108,8 @@ fn indexes_and_triggers_are_exactly_these() {
     );
     let expected = "\
 index sd_conflict_matrix_open_b_idx
+index strategic_directives_v2_parent_idx
+index strategic_directives_v2_queue_idx
 trigger claude_sessions_complete_trigger on claude_sessions
 trigger claude_sessions_truncate_trigger on claude_sessions
 trigger directive_binding_trigger on directive_binding
@@ -178,8 +190,11 @@ fn everything_has_a_comment_and_functions_pin_their_search_path() {
         "check_guarded_write",
         "claim_reclaimable_at",
         "heartbeat_age_human",
+        "is_claim_live",
         "lease_expires_at",
         "refuse_guarded_truncate",
+        // Reads views, with the rights of whoever reads.
+        "sd_blockers",
     ];
     assert_eq!(invoker, touch_no_table);
 }

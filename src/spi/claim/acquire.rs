@@ -8,7 +8,9 @@
 //! session only, so it waits for a claim's transaction but never for what that waits for.
 
 use chrono::{DateTime, Utc};
-use pg_claims_core::outcome::{Claimed, Owner, Refusal, TookOver};
+use pg_claims_core::outcome::{Claimed, Owner, TookOver};
+use pg_claims_core::queue::QueueReason;
+use pg_claims_core::refusal::Refusal;
 use pgrx::pg_sys::BuiltinOid::{BOOLOID, INT8OID, TEXTOID, TIMESTAMPTZOID};
 
 use super::history;
@@ -48,17 +50,30 @@ enum Verdict {
     },
 }
 
-/// Gives the SD to the session, or says why not. With a reason for using `force` also if a live session
-/// holds it. `may_act_for` checks the caller's right to the session.
+/// Who wants what.
+#[derive(Debug, Clone, Copy)]
+pub struct Request<'a> {
+    /// The SD, by any of its keys.
+    pub sd_id: &'a str,
+    /// The session that is to have it.
+    pub session_id: &'a str,
+    /// The track to be noted with the claim.
+    pub track: Option<&'a str>,
+    /// The reason for taking the SD also from a live session.
+    pub force: Option<&'a str>,
+    /// Why the queue has chosen it. Then `sd_id` is the canonical one and this transaction has locked
+    /// the SD. What the session holds already is not given up for it, but is the answer.
+    pub queued: Option<QueueReason>,
+}
+
+/// Gives the SD to the session, or says why not. `may_act_for` checks the caller's right to the session.
 pub fn acquire(
     db: &Db<'_>,
-    sd_id: &str,
-    session_id: &str,
-    track: Option<&str>,
-    force: Option<&str>,
+    request: Request<'_>,
     may_act_for: impl Fn(&Session) -> Result<()>,
 ) -> Result<Result<Claimed, Refusal>> {
-    let mut locked: Vec<String> = Vec::new();
+    let Request { sd_id, session_id, queued, .. } = request;
+    let mut locked: Vec<String> = queued.iter().map(|_| sd_id.to_owned()).collect();
     for _ in 0..ROUNDS {
         let picture = picture::look(db, Some(session_id), sd_id)?;
         // Where no worker sets it right such an owner would be immortal: the one refusal that writes.
@@ -68,7 +83,7 @@ pub fn acquire(
         {
             reap::pull_back(db, &owner.session_id)?;
         }
-        match judge(picture, sd_id, session_id, force.is_some(), &may_act_for)? {
+        match judge(picture, request, &may_act_for)? {
             Verdict::Refuse(refusal) => return Ok(Err(refusal)),
             Verdict::AlreadyHeld { claim_id, sd_id, claimed_at, track } => {
                 if touch(db, session_id, claim_id)? {
@@ -105,8 +120,8 @@ pub fn acquire(
                     locked.extend(gives_up.map(|(given_up, _)| given_up));
                     continue;
                 }
-                let taken = take(db, &sd_id, session_id, track, gives_up, loser, force)?;
-                if let Some(claimed) = taken {
+                let request = Request { sd_id: &sd_id, ..request };
+                if let Some(claimed) = take(db, request, gives_up, loser)? {
                     return Ok(Ok(claimed));
                 }
             }
@@ -117,13 +132,11 @@ pub fn acquire(
 
 fn judge(
     picture: Picture,
-    asked_for: &str,
-    session_id: &str,
-    by_force: bool,
+    request: Request<'_>,
     may_act_for: &impl Fn(&Session) -> Result<()>,
 ) -> Result<Verdict> {
     let Some(session) = picture.session else {
-        let session_id = session_id.to_owned();
+        let session_id = request.session_id.to_owned();
         return Ok(Verdict::Refuse(Refusal::SessionNotFound { session_id }));
     };
     may_act_for(&session)?;
@@ -132,22 +145,22 @@ fn judge(
         return Ok(Verdict::Refuse(Refusal::SessionReleased { session_id }));
     }
     let Some(sd) = picture.sd else {
-        let sd_id = asked_for.to_owned();
+        let sd_id = request.sd_id.to_owned();
         return Ok(Verdict::Refuse(Refusal::SdNotFound { sd_id }));
     };
     if let (Some((held, claim_id)), Some((claimed_at, track))) =
         (&session.claim, picture.held_since)
-        && *held == sd.sd_id
+        && (*held == sd.sd_id || request.queued.is_some())
     {
         let claim_id = *claim_id;
-        return Ok(Verdict::AlreadyHeld { claim_id, sd_id: sd.sd_id, claimed_at, track });
+        return Ok(Verdict::AlreadyHeld { claim_id, sd_id: held.clone(), claimed_at, track });
     }
     if sd.is_terminal {
         let status = sd.status.unwrap_or_default();
         return Ok(Verdict::Refuse(Refusal::SdTerminalStatus { sd_id: sd.sd_id, status }));
     }
     let loser = match picture.owner {
-        Some((owner, _)) if by_force => Some(owner),
+        Some((owner, _)) if request.force.is_some() => Some(owner),
         // A stale owner's SD may still be kept for it for a while, and an open transaction of its own
         // that guards the claim is a sign of life.
         Some((owner, is_stale)) if !is_stale || owner.kept_until.is_some() || owner.guarded => {
@@ -166,13 +179,11 @@ fn judge(
 /// Writes the claim. `None` when something changed since the look; then nothing is left behind.
 fn take(
     db: &Db<'_>,
-    sd_id: &str,
-    session_id: &str,
-    track: Option<&str>,
+    request: Request<'_>,
     gives_up: Option<(String, i64)>,
     loser: Option<Owner>,
-    force: Option<&str>,
 ) -> Result<Option<Claimed>> {
+    let Request { sd_id, session_id, track, force, queued } = request;
     let held = gives_up.as_ref().map(|(_, claim_id)| *claim_id);
     if let Some(held) = held {
         guard::exclude(db, held)?;
@@ -192,7 +203,8 @@ fn take(
         }
     }
     let took_over = loser.as_ref().map(|owner| owner.claim_id);
-    let Some((claim_id, claimed_at)) = history::open(db, sd_id, session_id, track, took_over)?
+    let Some((claim_id, claimed_at)) =
+        history::open(db, sd_id, session_id, track, took_over, queued)?
     else {
         return match loser {
             None => Ok(None),

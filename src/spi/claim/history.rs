@@ -4,6 +4,7 @@ use std::cell::Cell;
 
 use chrono::{DateTime, Utc};
 use pg_claims_core::outcome::LostClaim;
+use pg_claims_core::queue::QueueReason;
 use pgrx::pg_sys::BuiltinOid::{INT8OID, TEXTOID, TIMESTAMPTZOID};
 
 use crate::error::Result;
@@ -43,16 +44,16 @@ static OPEN: Statement = Statement::new(
     |c| {
         format!(
             "INSERT INTO {x}.sd_claims
-                    (sd_id, session_id, track, hostname, codebase, took_over_claim_id)
+                    (sd_id, session_id, track, hostname, codebase, took_over_claim_id, queue_reason)
              VALUES ($1, $2, $3,
                      (SELECT hostname FROM {x}.claude_sessions WHERE session_id = $2),
-                     (SELECT codebase FROM {x}.claude_sessions WHERE session_id = $2), $4)
+                     (SELECT codebase FROM {x}.claude_sessions WHERE session_id = $2), $4, $5)
              ON CONFLICT (sd_id) WHERE released_at IS NULL DO NOTHING
           RETURNING claim_id, claimed_at",
             x = c.schema
         )
     },
-    &[TEXTOID, TEXTOID, TEXTOID, INT8OID],
+    &[TEXTOID, TEXTOID, TEXTOID, INT8OID, TEXTOID],
 );
 
 /// Opens an acquisition: its fencing token and its time. `None` when another one is open.
@@ -62,11 +63,17 @@ pub fn open(
     session_id: &str,
     track: Option<&str>,
     took_over: Option<i64>,
+    queue_reason: Option<QueueReason>,
 ) -> Result<Option<(i64, DateTime<Utc>)>> {
     let _opening = Opening::new();
-    let Some(row) =
-        db.first_row(&OPEN, &[sd_id.into(), session_id.into(), track.into(), took_over.into()])?
-    else {
+    let arguments = [
+        sd_id.into(),
+        session_id.into(),
+        track.into(),
+        took_over.into(),
+        queue_reason.map(QueueReason::as_str).into(),
+    ];
+    let Some(row) = db.first_row(&OPEN, &arguments)? else {
         return Ok(None);
     };
     Ok(Some((
@@ -143,7 +150,7 @@ pub fn see_latest(db: &Db<'_>, sd_id: &str) -> Result<()> {
     if !time::has_transaction_snapshot() {
         return Ok(());
     }
-    match open(db, sd_id, "", None, None)? {
+    match open(db, sd_id, "", None, None, None)? {
         Some((claim_id, _)) => discard(db, claim_id),
         None => Ok(()),
     }

@@ -5,7 +5,7 @@ mod history;
 mod picture;
 pub mod reap;
 
-pub use acquire::acquire;
+pub use acquire::{Request, acquire};
 pub use history::{close, is_opening, lost, next_id, open_as, see_latest};
 pub use picture::{Picture, Sd, look};
 

@@ -1,6 +1,8 @@
-//! What a backlog needs around it: the normalised view, and triggers on the table.
+//! What a backlog needs around it: the views that normalise it, and triggers on the table.
 
 use super::Backlog;
+use super::columns::quoted;
+use super::indexes;
 use super::partitions::{self, with_partitions};
 use crate::error::Result;
 use crate::spi::statement::Db;
@@ -17,22 +19,31 @@ const TRIGGERS: [&str; 5] = [
     "zz_pg_claims_mirror_update",
 ];
 
-/// (Re)builds `v_directives` for the backlog in use.
-pub fn rebuild_view(db: &Db<'_>) -> Result<()> {
+/// (Re)builds `v_directives` and `v_directive_keys` for the backlog in use.
+pub fn rebuild_views(db: &Db<'_>) -> Result<()> {
     let schema = db.catalog()?.schema.clone();
     let own_backlog = db.catalog()?.own_backlog;
     // Read afresh: the binding was written by the very statement that this runs for.
-    let body = match Backlog::read(db, &schema, own_backlog)? {
-        Some(backlog) => view_of(&backlog, &schema),
-        None => "SELECT NULL::text AS sd_id, NULL::text AS title, NULL::text AS status,
-                        NULL::text AS priority, NULL::text AS track, NULL::numeric AS rank,
-                        NULL::jsonb AS dependencies, NULL::text AS parent_sd_id,
-                        NULL::timestamptz AS created_at, NULL::boolean AS is_working_on,
-                        NULL::text AS active_session_id, NULL::boolean AS is_terminal
-                  WHERE false"
-            .into(),
+    let (directives, keys) = match Backlog::read(db, &schema, own_backlog)? {
+        Some(b) => (view_of(&b, &schema), b.by_key(|key| format!("{key} IS NOT NULL"))),
+        None => (
+            "SELECT NULL::text AS sd_id, NULL::text AS title, NULL::text AS status,
+                    NULL::text AS priority, NULL::text AS track, NULL::numeric AS rank,
+                    NULL::jsonb AS dependencies, NULL::text AS parent_sd_id,
+                    NULL::timestamptz AS created_at, NULL::boolean AS is_working_on,
+                    NULL::text AS active_session_id, NULL::boolean AS is_terminal,
+                    NULL::numeric AS priority_order
+              WHERE false"
+                .into(),
+            "SELECT NULL::text AS key, NULL::text AS sd_id, NULL::text AS status,
+                    NULL::boolean AS is_terminal, NULL::integer AS precedence
+              WHERE false"
+                .into(),
+        ),
     };
-    db.run_once(&format!("CREATE OR REPLACE VIEW {schema}.v_directives AS {body}"), &[])?;
+    for (view, body) in [("v_directives", directives), ("v_directive_keys", keys)] {
+        db.run_once(&format!("CREATE OR REPLACE VIEW {schema}.{view} AS {body}"), &[])?;
+    }
     Ok(())
 }
 
@@ -41,24 +52,12 @@ fn view_of(b: &Backlog, schema: &str) -> String {
     let column = |column: &Option<String>, sql_type: &str| {
         column.as_ref().map_or_else(
             || format!("NULL::{sql_type}"),
-            |name| format!("b.{}::{sql_type}", pgrx::spi::quote_identifier(name)),
+            |name| format!("{}::{sql_type}", quoted("b.", name)),
         )
     };
     let dependencies = c.dependencies.as_ref().map_or_else(
         || "NULL::jsonb".into(),
-        |name| format!("pg_catalog.to_jsonb(b.{})", pgrx::spi::quote_identifier(name)),
-    );
-    // A time without a zone is UTC, never the reader's local time.
-    let created_at = c.created_at.as_ref().map_or_else(
-        || "NULL::timestamptz".into(),
-        |name| {
-            let name = pgrx::spi::quote_identifier(name);
-            format!(
-                "CASE WHEN pg_catalog.pg_typeof(b.{name}) = 'timestamptz'::pg_catalog.regtype
-                      THEN b.{name}::timestamptz
-                      ELSE b.{name}::timestamp AT TIME ZONE 'UTC' END"
-            )
-        },
+        |name| format!("pg_catalog.to_jsonb({})", quoted("b.", name)),
     );
     // A backlog that lacks a mirror column shows the claims themselves.
     let holder = format!(
@@ -74,19 +73,22 @@ fn view_of(b: &Backlog, schema: &str) -> String {
         Some(_) => column(&c.active_session_id, "text"),
         None => holder,
     };
+    let order = b.order("b.");
     format!(
         "SELECT {id} AS sd_id, {title} AS title, {status} AS status, {priority} AS priority,
                 {track} AS track, {rank} AS rank, {dependencies} AS dependencies,
                 {parent} AS parent_sd_id, {created_at} AS created_at,
                 {is_working_on} AS is_working_on, {active_session_id} AS active_session_id,
-                {is_terminal} AS is_terminal
+                {is_terminal} AS is_terminal, {priority_order} AS priority_order
            FROM {table} b WHERE {id} IS NOT NULL",
         id = b.canonical(),
         title = b.text(&c.title),
         status = b.status(),
         priority = b.text(&c.priority),
         track = b.text(&c.track),
-        rank = column(&c.rank, "numeric"),
+        rank = order.rank,
+        created_at = order.created_at,
+        priority_order = order.priority,
         parent = b.text(&c.parent),
         is_terminal = b.is_terminal(),
         table = b.from,
@@ -170,14 +172,18 @@ fn triggers_on(db: &Db<'_>, backlog: &Backlog) -> Result<Vec<(String, String)>> 
     partitions::triggers_on(db, backlog.table_oid, &TRIGGERS)
 }
 
-/// At installation: the view, and the triggers on the extension's own backlog.
+/// At installation: the views, and the triggers and indexes of the extension's own backlog.
 pub fn attach_own(db: &Db<'_>) -> Result<()> {
     // So that the worker learns of this database.
     wake::at_commit();
-    rebuild_view(db)?;
+    rebuild_views(db)?;
     let catalog = db.catalog()?;
     if let Some(backlog) = &catalog.backlog {
         attach_triggers(db, backlog, &catalog.schema)?;
+        for (name, definition) in indexes::for_queue(backlog) {
+            let index = format!("strategic_directives_v2_{name}_idx");
+            db.run_once(&format!("CREATE INDEX {index} ON {} {definition}", backlog.table), &[])?;
+        }
     }
     Ok(())
 }

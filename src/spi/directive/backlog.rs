@@ -4,7 +4,8 @@ use std::ffi::CString;
 
 use pgrx::pg_sys;
 
-use super::columns::{Columns, as_text};
+use super::column_type::{ColumnType, NO_ORDER};
+use super::columns::{Columns, quoted};
 use crate::error::{ClaimError, Result};
 use crate::spi::row::Row;
 use crate::spi::statement::{Db, required};
@@ -24,8 +25,8 @@ pub struct Backlog {
     pub owner: pg_sys::Oid,
     /// Which of its columns mean what.
     pub columns: Columns,
-    /// Those of its columns whose type is an enum.
-    enums: Vec<String>,
+    /// The types of its columns.
+    types: Vec<ColumnType>,
     /// A column that the table does not have (any more).
     missing: Option<String>,
     /// Its deferrable constraints, as SET CONSTRAINTS names them, and whether each is deferred unless
@@ -61,24 +62,10 @@ impl Backlog {
         let table = row.required_text(1, "pg_class")?;
         let search_path = CString::new(row.required_text(4, "pg_namespace")?)
             .map_err(|_| ClaimError::Corrupt { what: "pg_namespace" })?;
-        let mut enums = Vec::new();
-        let mut present = Vec::new();
-        for row in db.run_once(
-            "SELECT a.attname::text, b.typtype = 'e'
-               FROM pg_catalog.pg_attribute a
-               JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
-               JOIN pg_catalog.pg_type b ON b.oid = COALESCE(NULLIF(t.typbasetype, 0), t.oid)
-              WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped",
-            &[table_oid.into()],
-        )? {
-            let name: String = required(row.get(1)?, "pg_attribute")?;
-            if row.get::<bool>(2)? == Some(true) {
-                enums.push(name.clone());
-            }
-            present.push(name);
-        }
+        let types = ColumnType::all(db, table_oid)?;
         let deferrable = deferrable_constraints(db, table_oid)?;
-        let missing = columns.named().find(|column| !present.contains(column)).cloned();
+        let is_missing = |column: &&String| types.iter().all(|known| known.column != **column);
+        let missing = columns.named().find(is_missing).cloned();
         Ok(Self {
             // Rows of tables that inherit from it are not its own: they could repeat a key.
             from: if row.flag(3)? { format!("ONLY {table}") } else { table.clone() },
@@ -87,7 +74,7 @@ impl Backlog {
             table,
             search_path,
             columns,
-            enums,
+            types,
             missing,
             deferrable,
         })
@@ -108,18 +95,15 @@ impl Backlog {
         self.columns.canonical("b.")
     }
 
-    /// A column of `b` as text, or NULL where the backlog has none such. An enum is written out by its
-    /// output function: for a cast, its owner might have made a function of their own, which would
-    /// run with the extension's rights.
+    /// The column's type, if the backlog has the column.
+    fn type_of(&self, column: &Option<String>) -> Option<&ColumnType> {
+        let column = column.as_ref()?;
+        self.types.iter().find(|known| known.column == *column)
+    }
+
+    /// A column of `b` as text, or NULL where the backlog has none such.
     pub fn text(&self, column: &Option<String>) -> String {
-        match column {
-            None => "NULL::text".into(),
-            Some(column) if self.enums.contains(column) => format!(
-                "pg_catalog.textin(pg_catalog.enum_out(b.{}))",
-                pgrx::spi::quote_identifier(column)
-            ),
-            Some(column) => as_text("b.", column),
-        }
+        self.type_of(column).map_or_else(|| "NULL::text".into(), |column| column.text("b."))
     }
 
     /// An SD's status as text, possibly NULL.
@@ -127,44 +111,98 @@ impl Backlog {
         self.text(&self.columns.status)
     }
 
-    /// Whether an SD is finished.
+    /// Whether an SD is finished. Of an enum the server is told twice: in a form that an index can hold,
+    /// and by the values' names, which may come to be or change.
     pub fn is_terminal(&self) -> String {
-        if self.columns.status.is_none() {
+        let Some(status) = self.type_of(&self.columns.status) else {
             return "false".into();
+        };
+        let words = self.terminal_words();
+        let by_name = status.is_one_of("b.", &words);
+        match status.is_indexed_one_of("b.", &words) {
+            Some(by_value) if by_value != by_name => format!("({by_value} OR {by_name})"),
+            _ => by_name,
         }
-        let statuses: Vec<String> = self
-            .columns
-            .terminal_statuses
-            .iter()
-            .map(|status| pgrx::spi::quote_literal(status.to_ascii_lowercase()))
-            .collect();
-        format!(
-            // The letters A to Z only, in whatever locale, as the trigger does.
-            "COALESCE(pg_catalog.lower({} COLLATE pg_catalog.\"C\") = ANY (ARRAY[{}]::text[]), false)",
-            self.status(),
-            statuses.join(", ")
-        )
     }
 
-    /// The SD that `parameter` names by any of its keys, as `(sd_id, status, is_terminal)`. The
-    /// canonical id goes before the other keys.
-    pub fn resolve(&self, parameter: &str) -> String {
+    fn terminal_words(&self) -> Vec<String> {
+        let statuses = self.columns.terminal_statuses.iter();
+        statuses.map(|status| status.to_ascii_lowercase()).collect()
+    }
+
+    /// The condition of an index on unfinished SDs; `None` where an index cannot tell.
+    pub fn is_unfinished_indexed(&self) -> Option<String> {
+        match self.type_of(&self.columns.status) {
+            None => Some("true".into()),
+            Some(status) => status
+                .is_indexed_one_of("", &self.terminal_words())
+                .map(|is_terminal| format!("NOT {is_terminal}")),
+        }
+    }
+
+    /// The order in which SDs should be worked, as expressions of which each is NULL for what comes
+    /// last: by priority, rank and age. The id comes after these.
+    pub fn order(&self, prefix: &str) -> Order {
+        let c = &self.columns;
+        Order {
+            priority: self
+                .type_of(&c.priority)
+                .map_or_else(|| NO_ORDER.into(), |column| column.priority_order(prefix)),
+            rank: c.rank.as_ref().map_or_else(
+                || "NULL::numeric".into(),
+                |rank| format!("({}::numeric)", quoted(prefix, rank)),
+            ),
+            created_at: self
+                .type_of(&c.created_at)
+                .map_or_else(|| "NULL::timestamptz".into(), |column| column.instant(prefix)),
+        }
+    }
+
+    /// The key of the SD of which an SD is a part, if an index can hold it.
+    pub fn parent_indexed(&self) -> Option<String> {
+        let parent = self.type_of(&self.columns.parent)?;
+        parent.is_immutable_as_text().then(|| parent.text(""))
+    }
+
+    /// Every key by which an SD can be named, as `(key, sd_id, status, is_terminal, precedence)`, of
+    /// those whose key meets `condition`. Where one SD's further key is another's canonical id, that
+    /// goes before: it has the lower precedence, and comes first.
+    pub fn by_key(&self, condition: impl Fn(&str) -> String) -> String {
         let mut keys = vec![self.canonical()];
         keys.extend(self.columns.aliases("b."));
         let branches: Vec<String> = keys
             .iter()
-            .map(|key| {
+            .enumerate()
+            .map(|(precedence, key)| {
                 format!(
-                    "SELECT {} AS sd_id, {} AS status, {} AS is_terminal FROM {} b WHERE {key} = {parameter}",
+                    "SELECT {key} AS key, {} AS sd_id, {} AS status, {} AS is_terminal,
+                            {precedence} AS precedence
+                       FROM {} b WHERE {}",
                     self.canonical(),
                     self.status(),
                     self.is_terminal(),
                     self.from,
+                    condition(key),
                 )
             })
             .collect();
-        format!("({}) LIMIT 1", branches.join(") UNION ALL ("))
+        format!("({})", branches.join(") UNION ALL ("))
     }
+
+    /// The SD that `parameter` names by any of its keys.
+    pub fn resolve(&self, parameter: &str) -> String {
+        format!("{} LIMIT 1", self.by_key(|key| format!("{key} = {parameter}")))
+    }
+}
+
+/// See [`Backlog::order`].
+pub struct Order {
+    /// The priority's place, as a numeric.
+    pub priority: String,
+    /// The rank, as a numeric.
+    pub rank: String,
+    /// When the SD was written down, as a timestamptz.
+    pub created_at: String,
 }
 
 fn deferrable_constraints(db: &Db<'_>, table: pg_sys::Oid) -> Result<Vec<(String, bool)>> {

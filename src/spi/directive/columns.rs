@@ -130,5 +130,10 @@ impl Columns {
 
 /// A column of a built-in type as text.
 pub fn as_text(prefix: &str, column: &str) -> String {
-    format!("({prefix}{}::text)", pgrx::spi::quote_identifier(column))
+    format!("({}::text)", quoted(prefix, column))
+}
+
+/// A column as it stands in SQL.
+pub fn quoted(prefix: &str, column: &str) -> String {
+    format!("{prefix}{}", pgrx::spi::quote_identifier(column))
 }

@@ -3,13 +3,15 @@
 mod attach;
 mod backlog;
 mod bind;
+mod column_type;
 mod columns;
 mod guarded;
+mod indexes;
 mod mirror;
 mod partitions;
 mod table;
 
-pub use attach::{attach_own, rebuild_view};
+pub use attach::{attach_own, rebuild_views};
 pub use backlog::{Backlog, resolve};
 pub use bind::{bind, unbind};
 pub use columns::Columns;

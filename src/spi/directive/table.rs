@@ -4,6 +4,7 @@ use pgrx::{PgSqlErrorCode, pg_sys};
 
 use super::backlog::Backlog;
 use super::columns::Columns;
+use super::indexes;
 use crate::error::{ClaimError, Purpose, Result};
 use crate::identity;
 use crate::spi::row::Row;
@@ -240,8 +241,8 @@ impl TableFacts {
         ))
     }
 
-    /// Makes sure that every key is unique and can be looked up as text by an index. Makes an index
-    /// where the table has none that serves; it goes with the binding or the extension.
+    /// Makes sure that every key is unique and can be looked up as text by an index, where the table has
+    /// none that serves, and makes those that the queue reads. They go with the binding or the extension.
     pub fn ensure_indexes(&self, db: &Db<'_>, backlog: &Backlog) -> Result<Vec<String>> {
         let columns = &backlog.columns;
         let mut wanted = Vec::new();
@@ -257,20 +258,31 @@ impl TableFacts {
         let mut created = Vec::new();
         for (name, expression) in wanted {
             self.check_unique(db, &backlog.from, &expression)?;
-            let index =
-                pgrx::spi::quote_identifier(format!("pg_claims_{}_{name}", self.oid.to_u32()));
-            db.run_once(
-                &format!("CREATE UNIQUE INDEX {index} ON {} (({expression}))", self.name),
-                &[],
-            )?;
-            let schema = &self.schema;
-            db.run_once(
-                &format!("ALTER INDEX {schema}.{index} DEPENDS ON EXTENSION pg_claims"),
-                &[],
-            )?;
-            created.push(format!("{schema}.{index}"));
+            created.push(self.create_index(
+                db,
+                "UNIQUE INDEX",
+                &name,
+                &format!("(({expression}))"),
+            )?);
+        }
+        for (name, definition) in indexes::for_queue(backlog) {
+            created.push(self.create_index(db, "INDEX", name, &definition)?);
         }
         Ok(created)
+    }
+
+    fn create_index(
+        &self,
+        db: &Db<'_>,
+        kind: &str,
+        name: &str,
+        definition: &str,
+    ) -> Result<String> {
+        let index = pgrx::spi::quote_identifier(format!("pg_claims_{}_{name}", self.oid.to_u32()));
+        db.run_once(&format!("CREATE {kind} {index} ON {} {definition}", self.name), &[])?;
+        let index = format!("{}.{index}", self.schema);
+        db.run_once(&format!("ALTER INDEX {index} DEPENDS ON EXTENSION pg_claims"), &[])?;
+        Ok(index)
     }
 
     /// Whether an index of the table's finds the key by its text and keeps it unique.

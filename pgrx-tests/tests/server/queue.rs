@@ -1,0 +1,638 @@
+//! What comes next: order, what keeps an SD from being claimed, affinity, and how it reads.
+
+use std::sync::Barrier;
+use std::thread;
+
+use pg_claims_tests::{TestDb, json, sqlstate};
+use postgres::Client;
+use serde_json::Value;
+
+use crate::support::*;
+
+/// A database whose backlog is what `rows` says: `(sd_id, priority, rank, track, dependencies)`.
+fn with_backlog(rows: &str) -> (TestDb, Client) {
+    let db = TestDb::new();
+    let mut c = db.connect();
+    c.batch_execute(&format!(
+        "INSERT INTO strategic_directives_v2 (sd_id, priority, sequence_rank, track, dependencies, title)
+         SELECT sd_id, priority, rank::integer, track, COALESCE(dependencies::jsonb, '[]'), 'Title of ' || sd_id
+           FROM (VALUES {rows}) v (sd_id, priority, rank, track, dependencies)"
+    ))
+    .unwrap();
+    for session in ["s1", "s2", "s3"] {
+        register(&mut c, session);
+    }
+    (db, c)
+}
+
+fn next(c: &mut Client, session: &str) -> Value {
+    json(c, "SELECT claim_next_sd($1)", &[&session])
+}
+
+fn given(c: &mut Client, session: &str) -> String {
+    let answer = next(c, session);
+    assert_eq!(answer["success"], true, "{answer}");
+    answer["sd_id"].as_str().unwrap().to_owned()
+}
+
+fn texts(c: &mut Client, sql: &str) -> Vec<String> {
+    c.query(sql, &[]).unwrap().iter().map(|row| row.get(0)).collect()
+}
+
+fn queue(c: &mut Client) -> Vec<String> {
+    texts(c, "SELECT sd_id FROM v_sd_next")
+}
+
+fn eligibility(c: &mut Client, sd: &str) -> (String, Option<String>) {
+    let row =
+        c.query_one("SELECT eligibility, reason FROM v_sd_next WHERE sd_id = $1", &[&sd]).unwrap();
+    (row.get(0), row.get(1))
+}
+
+fn assert_blocked(c: &mut Client, sd: &str, reason: &str) {
+    let expected = ("blocked_by_dependency".to_owned(), Some(reason.to_owned()));
+    assert_eq!(eligibility(c, sd), expected, "{sd}");
+}
+
+fn finish(c: &mut Client, sd: &str) {
+    c.execute("UPDATE strategic_directives_v2 SET status = 'completed' WHERE sd_id = $1", &[&sd])
+        .unwrap();
+}
+
+#[test]
+fn the_queue_goes_by_priority_rank_and_age() {
+    let (_db, mut c) = with_backlog(
+        "('soon', 'soon', NULL, NULL, NULL), ('low', 'low', 1, NULL, NULL),
+         ('medium', 'Medium', 1, NULL, NULL), ('older', 'high', NULL, NULL, NULL),
+         ('newer', 'HIGH', NULL, NULL, NULL), ('ranked 2', 'high', 2, NULL, NULL),
+         ('ranked 10', 'P1', 10, NULL, NULL), ('critical', 'critical', 99, NULL, NULL),
+         ('done', 'critical', 1, NULL, NULL)",
+    );
+    c.batch_execute(
+        "UPDATE strategic_directives_v2 SET status = 'Completed' WHERE sd_id = 'done';
+         UPDATE strategic_directives_v2 SET created_at = created_at - interval '1 day' WHERE sd_id = 'older'",
+    )
+    .unwrap();
+    let order = ["critical", "ranked 2", "ranked 10", "older", "newer", "medium", "low", "soon"];
+    assert_eq!(queue(&mut c), order);
+    assert_eq!(
+        texts(&mut c, "SELECT queue_position || ' ' || sd_id FROM v_sd_next LIMIT 2"),
+        ["1 critical", "2 ranked 2"]
+    );
+    for expected in order {
+        let answer = next(&mut c, "s1");
+        assert_eq!(answer["sd_id"], expected, "{answer}");
+        assert_eq!(answer["queue_reason"], "order");
+        assert_eq!(answer["title"], format!("Title of {expected}"));
+        assert_eq!(answer["already_owned"], false);
+        finish(&mut c, expected);
+    }
+    let answer = next(&mut c, "s1");
+    assert_eq!(answer["error"], "queue_empty", "{answer}");
+    assert_eq!(answer["message"], "the backlog has no unfinished SD");
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn a_track_has_a_queue_of_its_own() {
+    let (_db, mut c) = with_backlog(
+        "('A-1', 'low', NULL, 'A', NULL), ('B-1', 'critical', NULL, 'B', NULL), ('none', 'critical', NULL, NULL, NULL)",
+    );
+    let answer = json(&mut c, "SELECT claim_next_sd('s1', 'A')", &[]);
+    assert_eq!(answer["sd_id"], "A-1", "{answer}");
+    let empty = json(&mut c, "SELECT claim_next_sd('s2', 'A')", &[]);
+    assert_eq!(empty["message"], "no SD in track A can be claimed now: 1 claimed");
+    // The claim's track is the SD's own, unless one is asked for.
+    let answer = json(&mut c, "SELECT claim_next_sd('s2')", &[]);
+    assert_eq!((&answer["sd_id"], &answer["track"]), (&"B-1".into(), &"B".into()));
+}
+
+#[test]
+fn who_holds_an_sd_is_given_that_again() {
+    let (_db, mut c) =
+        with_backlog("('SD-1', 'low', NULL, 'A', NULL), ('SD-2', 'high', NULL, 'B', NULL)");
+    let held = granted(&mut c, "SD-1", "s1");
+    for track in [None, Some("B")] {
+        let answer = json(&mut c, "SELECT claim_next_sd('s1', $1)", &[&track]);
+        assert_eq!(answer["claim_id"], held, "{answer}");
+        assert_eq!(answer["already_owned"], true);
+        assert_eq!(answer["queue_reason"], Value::Null);
+        assert_eq!(answer["title"], "Title of SD-1");
+    }
+}
+
+#[test]
+fn a_session_that_cannot_be_acted_for_gets_nothing() {
+    let (db, mut c) = with_backlog("('SD-1', 'low', NULL, NULL, NULL)");
+    assert_eq!(next(&mut c, "nobody")["error"], "session_not_found");
+    json(&mut c, "SELECT end_session('s3')", &[]);
+    assert_eq!(next(&mut c, "s3")["error"], "session_released");
+    let worker = db.role("worker");
+    json(&mut c, "SELECT grant_coordination($1, 'worker')", &[&worker]);
+    let mut w = db.connect_as(&worker);
+    let error = w.query("SELECT claim_next_sd('s1')", &[]).unwrap_err();
+    assert_eq!(sqlstate(&error), "42501");
+    register(&mut w, "mine");
+    assert_eq!(next(&mut w, "mine")["sd_id"], "SD-1");
+    for (call, code) in [
+        ("claim_next_sd(NULL)", "22023"),
+        ("sd_next(p_limit => 0)", "22023"),
+        ("sd_next(p_width => 19)", "22023"),
+    ] {
+        let error = c.batch_execute(&format!("SELECT {call}")).unwrap_err();
+        assert_eq!(sqlstate(&error), code, "{call}");
+    }
+    let error = c.batch_execute("BEGIN READ ONLY; SELECT claim_next_sd('s1')").unwrap_err();
+    assert_eq!(sqlstate(&error), "25006");
+}
+
+#[test]
+fn an_sd_waits_for_those_it_depends_on() {
+    let (_db, mut c) = with_backlog(
+        r#"('SD-1', 'critical', NULL, NULL, '["SD-2", "SD-3"]'), ('SD-2', 'low', NULL, NULL, NULL),
+           ('SD-3', 'low', NULL, NULL, NULL), ('SD-4', 'critical', NULL, NULL, 'null')"#,
+    );
+    assert_blocked(&mut c, "SD-1", "waits for SD-2; waits for SD-3");
+    assert_eq!(eligibility(&mut c, "SD-4"), ("available".into(), None));
+    assert_eq!(given(&mut c, "s1"), "SD-4");
+    // A dependency that is claimed is not finished.
+    assert_eq!(given(&mut c, "s2"), "SD-2");
+    finish(&mut c, "SD-3");
+    assert_blocked(&mut c, "SD-1", "waits for SD-2");
+    c.batch_execute("UPDATE strategic_directives_v2 SET status = 'cancelled' WHERE sd_id = 'SD-2'")
+        .unwrap();
+    assert_eq!(given(&mut c, "s2"), "SD-1");
+    // Whoever names an SD knows what they do.
+    c.batch_execute("UPDATE strategic_directives_v2 SET status = 'draft' WHERE sd_id = 'SD-2'")
+        .unwrap();
+    release(&mut c, "s2");
+    granted(&mut c, "SD-1", "s2");
+}
+
+#[test]
+fn dependencies_that_say_nothing_known_keep_an_sd_and_are_told() {
+    let (_db, mut c) = with_backlog(
+        r#"('typo', 'low', NULL, NULL, '["SD-1", "no such SD"]'), ('scalar', 'low', NULL, NULL, '"SD-1"'),
+           ('object', 'low', NULL, NULL, '{"on": "SD-1"}'), ('nested', 'low', NULL, NULL, '[{"on": "SD-1"}]'),
+           ('null', 'low', NULL, NULL, '[null]'), ('SD-1', 'low', NULL, NULL, NULL)"#,
+    );
+    finish(&mut c, "SD-1");
+    assert_blocked(&mut c, "typo", "waits for no such SD, which the backlog does not have");
+    assert_blocked(&mut c, "scalar", r#"its dependencies are not a list of keys: "SD-1""#);
+    assert_blocked(&mut c, "object", r#"its dependencies are not a list of keys: {"on": "SD-1"}"#);
+    assert_blocked(
+        &mut c,
+        "nested",
+        r#"waits for {"on": "SD-1"}, which the backlog does not have"#,
+    );
+    assert_blocked(&mut c, "null", "waits for null, which the backlog does not have");
+    let answer = next(&mut c, "s1");
+    assert_eq!(answer["blocked_by_dependency"], 5, "{answer}");
+}
+
+#[test]
+fn a_circle_is_reported_and_not_looped_over() {
+    let (_db, mut c) = with_backlog(
+        r#"('A', 'low', NULL, NULL, '["B"]'), ('B', 'low', NULL, NULL, '["C"]'), ('C', 'low', NULL, NULL, '["A"]'),
+           ('self', 'low', NULL, NULL, '["self"]'), ('behind', 'low', NULL, NULL, '["A"]')"#,
+    );
+    for sd in ["A", "B", "C"] {
+        assert_blocked(&mut c, sd, "waits for itself: A → B → C → A");
+    }
+    assert_blocked(&mut c, "self", "waits for itself: self → self");
+    assert_blocked(&mut c, "behind", "waits for A");
+    assert_eq!(
+        texts(&mut c, "SELECT sd_id FROM dependency_cycles() ORDER BY 1"),
+        ["A", "B", "C", "self"]
+    );
+    let answer = next(&mut c, "s1");
+    assert_eq!(
+        answer["message"],
+        "no SD can be claimed now: 5 blocked by dependencies (4 of them in a circle)"
+    );
+    assert!(answer["hint"].as_str().unwrap().contains("circle"), "{answer}");
+    c.batch_execute("UPDATE strategic_directives_v2 SET dependencies = '[]' WHERE sd_id = 'C'")
+        .unwrap();
+    assert_eq!(given(&mut c, "s1"), "C");
+    assert_eq!(texts(&mut c, "SELECT sd_id FROM dependency_cycles()"), ["self"]);
+}
+
+#[test]
+fn a_parent_waits_for_its_parts() {
+    let (_db, mut c) = with_backlog(
+        "('parent', 'critical', NULL, NULL, NULL), ('part 1', 'low', NULL, NULL, NULL), ('part 2', 'low', NULL, NULL, NULL)",
+    );
+    c.batch_execute(
+        "UPDATE strategic_directives_v2 SET parent_sd_id = 'parent' WHERE sd_id LIKE 'part %'",
+    )
+    .unwrap();
+    assert_blocked(&mut c, "parent", "waits for its part part 1; waits for its part part 2");
+    assert_eq!(given(&mut c, "s1"), "part 1");
+    finish(&mut c, "part 1");
+    assert_eq!(given(&mut c, "s2"), "part 2");
+    assert_eq!(next(&mut c, "s1")["error"], "queue_empty");
+    finish(&mut c, "part 2");
+    assert_eq!(given(&mut c, "s1"), "parent");
+    // A part that waits for the whole is a circle.
+    c.batch_execute(
+        r#"INSERT INTO strategic_directives_v2 (sd_id, parent_sd_id, dependencies)
+           VALUES ('part 3', 'whole', '["whole"]'), ('whole', NULL, '[]')"#,
+    )
+    .unwrap();
+    assert_blocked(&mut c, "part 3", "waits for itself: part 3 → whole → part 3");
+}
+
+#[test]
+fn an_sd_that_is_stopped_or_in_conflict_is_passed_over() {
+    let (_db, mut c) = with_backlog(
+        "('SD-1', 'critical', NULL, NULL, NULL), ('SD-2', 'high', NULL, NULL, NULL), ('SD-3', 'low', NULL, NULL, NULL)",
+    );
+    json(&mut c, "SELECT hold_sd('SD-1', 'wait for legal')", &[]);
+    json(&mut c, "SELECT declare_conflict('SD-2', 'SD-3', 'same_files')", &[]);
+    granted(&mut c, "SD-3", "s1");
+    assert_eq!(
+        eligibility(&mut c, "SD-1"),
+        ("held".into(), Some("held by postgres: wait for legal".into()))
+    );
+    let conflict = "in conflict (same_files) with SD-3, which s1 has claimed";
+    assert_eq!(eligibility(&mut c, "SD-2"), ("conflict".into(), Some(conflict.into())));
+    let answer = next(&mut c, "s2");
+    assert_eq!(answer["message"], "no SD can be claimed now: 1 claimed, 1 in conflict, 1 held");
+    assert_eq!(
+        (&answer["claimed"], &answer["conflict"], &answer["held"]),
+        (&1.into(), &1.into(), &1.into())
+    );
+    age_heartbeat(&mut c, "s1", "1 hour");
+    assert_eq!(given(&mut c, "s2"), "SD-2");
+}
+
+#[test]
+fn a_stale_owner_s_sd_is_in_the_queue_and_a_guarded_one_s_is_not() {
+    let (db, mut c) = with_backlog("('SD-1', 'low', NULL, NULL, NULL)");
+    let held = granted(&mut c, "SD-1", "s1");
+    assert_eq!(eligibility(&mut c, "SD-1"), ("claimed".into(), Some("claimed by s1".into())));
+    age_heartbeat(&mut c, "s1", "1 hour");
+    let reason = "claimed by s1, which is stale: a claim takes over";
+    assert_eq!(eligibility(&mut c, "SD-1"), ("available".into(), Some(reason.into())));
+    let mut guarding = db.connect();
+    guarding.batch_execute("BEGIN").unwrap();
+    guarding.query("SELECT assert_claim('SD-1', 's1', $1)", &[&held]).unwrap();
+    let reason = "claimed by s1, stale, with a transaction open under the claim";
+    assert_eq!(eligibility(&mut c, "SD-1"), ("claimed".into(), Some(reason.into())));
+    assert_eq!(next(&mut c, "s2")["claimed"], 1);
+    guarding.batch_execute("COMMIT").unwrap();
+    c.batch_execute("SET pg_claims.reclaim_delay = '2h'").unwrap();
+    let reason = "claimed by s1, stale, and kept for it";
+    assert_eq!(eligibility(&mut c, "SD-1"), ("claimed".into(), Some(reason.into())));
+    c.batch_execute("RESET pg_claims.reclaim_delay").unwrap();
+    let answer = next(&mut c, "s2");
+    assert_eq!(answer["took_over"]["session_id"], "s1", "{answer}");
+}
+
+#[test]
+fn a_conflict_with_an_sd_that_is_kept_for_a_stale_session_still_counts() {
+    let (_db, mut c) = coordinated();
+    json(&mut c, "SELECT declare_conflict('SD-1', 'SD-2', 'same_files')", &[]);
+    granted(&mut c, "SD-1", "s1");
+    age_heartbeat(&mut c, "s1", "1 hour");
+    c.batch_execute("SET pg_claims.reclaim_delay = '2h'").unwrap();
+    // A heartbeat would bring the session back, and then both were claimed.
+    assert_eq!(claim(&mut c, "SD-2", "s2")["error"], "conflict");
+    c.batch_execute("RESET pg_claims.reclaim_delay").unwrap();
+    granted(&mut c, "SD-2", "s2");
+}
+
+#[test]
+fn what_a_session_lost_to_the_reaper_comes_first() {
+    let (_db, mut c) = with_backlog(
+        "('SD-1', 'low', NULL, NULL, NULL), ('SD-2', 'critical', NULL, NULL, NULL), ('SD-3', 'high', NULL, NULL, NULL)",
+    );
+    let reap = |c: &mut Client, session: &str| {
+        age_heartbeat(c, session, "1 hour");
+        json(c, "SELECT cleanup_stale_sessions()", &[]);
+    };
+    granted(&mut c, "SD-1", "s1");
+    reap(&mut c, "s1");
+    let answer = next(&mut c, "s1");
+    assert_eq!((&answer["sd_id"], &answer["queue_reason"]), (&"SD-1".into(), &"lost".into()));
+    reap(&mut c, "s1");
+    // Somebody else has worked on it since: it is one like any other.
+    granted(&mut c, "SD-1", "s2");
+    release(&mut c, "s2");
+    let answer = next(&mut c, "s1");
+    assert_eq!((&answer["sd_id"], &answer["queue_reason"]), (&"SD-2".into(), &"order".into()));
+    release(&mut c, "s1");
+    // What an operator took away does not come first either.
+    granted(&mut c, "SD-1", "s1");
+    json(&mut c, "SELECT takeover_sd('SD-1', 's2', 'mine')", &[]);
+    release(&mut c, "s2");
+    assert_eq!(given(&mut c, "s1"), "SD-2");
+    release(&mut c, "s1");
+    // Nor what keeps it from being claimed now, nor one of another track.
+    granted(&mut c, "SD-1", "s1");
+    reap(&mut c, "s1");
+    json(&mut c, "SELECT hold_sd('SD-1', 'wait')", &[]);
+    assert_eq!(given(&mut c, "s1"), "SD-2");
+    assert_in_step(&mut c);
+}
+
+/// Makes what a session holds be claimed that much earlier, which no session can.
+fn age_claim(c: &mut Client, session: &str, by: &str) {
+    c.batch_execute("SET session_replication_role = replica").unwrap();
+    c.execute(
+        "UPDATE claude_sessions SET claimed_at = claimed_at - $2::text::interval WHERE session_id = $1",
+        &[&session, &by],
+    )
+    .unwrap();
+    c.batch_execute("RESET session_replication_role").unwrap();
+}
+
+fn register_at(c: &mut Client, session: &str, host: &str) {
+    json(
+        c,
+        "SELECT register_session(p_session_id => $1, p_hostname => $2, p_codebase => 'repo')",
+        &[&session, &host],
+    );
+}
+
+#[test]
+fn a_place_gets_back_what_it_worked_on_last() {
+    let (_db, mut c) = with_backlog(
+        "('SD-1', 'critical', NULL, NULL, NULL), ('SD-2', 'high', NULL, NULL, NULL),
+         ('SD-3', 'low', NULL, NULL, NULL), ('SD-4', 'low', NULL, NULL, NULL)",
+    );
+    register_at(&mut c, "a1", "alpha");
+    register_at(&mut c, "a2", "alpha");
+    register_at(&mut c, "b1", "beta");
+    for (sd, session) in [("SD-3", "a1"), ("SD-4", "b1")] {
+        granted(&mut c, sd, session);
+        release(&mut c, session);
+    }
+    let answer = next(&mut c, "a2");
+    assert_eq!((&answer["sd_id"], &answer["queue_reason"]), (&"SD-3".into(), &"affinity".into()));
+    assert_eq!(given(&mut c, "b1"), "SD-4");
+    // Without a host, or without a code base, there is no place.
+    assert_eq!(given(&mut c, "s1"), "SD-1");
+    for session in ["a2", "b1", "s1"] {
+        release(&mut c, session);
+    }
+    // The last to work on it counts.
+    granted(&mut c, "SD-3", "b1");
+    release(&mut c, "b1");
+    let answer = next(&mut c, "a1");
+    assert_eq!((&answer["sd_id"], &answer["queue_reason"]), (&"SD-1".into(), &"order".into()));
+    release(&mut c, "a1");
+    c.batch_execute("SET pg_claims.affinity = off").unwrap();
+    let answer = next(&mut c, "b1");
+    assert_eq!((&answer["sd_id"], &answer["queue_reason"]), (&"SD-1".into(), &"order".into()));
+    c.batch_execute("RESET pg_claims.affinity").unwrap();
+    let recorded = "SELECT string_agg(coalesce(queue_reason, 'asked'), ' ' ORDER BY claim_id) FROM sd_claims WHERE session_id IN ('a2', 'a1')";
+    assert_eq!(value(&mut c, recorded).as_deref(), Some("asked affinity order"));
+}
+
+#[test]
+fn affinity_starves_nothing() {
+    let (_db, mut c) = with_backlog(
+        "('first', 'critical', NULL, NULL, NULL), ('second', 'high', NULL, NULL, NULL), ('familiar', 'low', NULL, NULL, NULL)",
+    );
+    register_at(&mut c, "a1", "alpha");
+    granted(&mut c, "familiar", "a1");
+    release(&mut c, "a1");
+    let mut turn = |limit: usize| {
+        for _ in 0..limit {
+            assert_eq!(given(&mut c, "a1"), "familiar");
+            release(&mut c, "a1");
+        }
+        let answer = next(&mut c, "a1");
+        assert_eq!(answer["queue_reason"], "order", "{answer}");
+        let sd = answer["sd_id"].as_str().unwrap().to_owned();
+        finish(&mut c, &sd);
+        sd
+    };
+    assert_eq!(turn(3), "first");
+    assert_eq!(turn(3), "second");
+}
+
+#[test]
+fn fifty_at_once_get_fifty_and_none_waits_for_another() {
+    let (db, mut c) = with_backlog("('first', 'critical', NULL, NULL, NULL)");
+    c.batch_execute(
+        "INSERT INTO strategic_directives_v2 (sd_id) SELECT 'SD-' || n FROM generate_series(1, 49) n",
+    )
+    .unwrap();
+    let start = Barrier::new(50);
+    let mut given: Vec<String> = thread::scope(|scope| {
+        let callers: Vec<_> = (0..50)
+            .map(|n| {
+                let (db, start) = (&db, &start);
+                scope.spawn(move || {
+                    let mut client = db.connect();
+                    let session = format!("caller-{n}");
+                    register(&mut client, &session);
+                    // Nobody commits until everybody has an answer: a wait would never end.
+                    client.batch_execute("SET lock_timeout = '10s'; BEGIN").unwrap();
+                    start.wait();
+                    let answer = next(&mut client, &session);
+                    assert_eq!(answer["success"], true, "{answer}");
+                    start.wait();
+                    client.batch_execute("COMMIT").unwrap();
+                    answer["sd_id"].as_str().unwrap().to_owned()
+                })
+            })
+            .collect();
+        callers.into_iter().map(|caller| caller.join().unwrap()).collect()
+    });
+    given.sort();
+    given.dedup();
+    assert_eq!(given.len(), 50);
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn an_sd_that_another_transaction_writes_is_busy() {
+    let (db, mut c) = with_backlog("('SD-1', 'low', NULL, NULL, NULL)");
+    c.batch_execute("BEGIN; UPDATE strategic_directives_v2 SET title = 'new'").unwrap();
+    let mut other = db.connect();
+    other.batch_execute("SET lock_timeout = '1ms'").unwrap();
+    let answer = next(&mut other, "s1");
+    assert_eq!(answer["message"], "no SD can be claimed now: 1 being written by others");
+    c.batch_execute("COMMIT").unwrap();
+    assert_eq!(given(&mut other, "s1"), "SD-1");
+}
+
+#[test]
+fn two_calls_for_one_session_give_it_one_sd() {
+    let (db, mut c) =
+        with_backlog("('SD-1', 'low', 1, NULL, NULL), ('SD-2', 'low', 2, NULL, NULL)");
+    let mut clients = [db.connect(), db.connect()];
+    for round in 0..50 {
+        let start = Barrier::new(2);
+        let answers: Vec<Value> = thread::scope(|scope| {
+            let calls: Vec<_> = clients
+                .iter_mut()
+                .map(|client| {
+                    let start = &start;
+                    scope.spawn(move || {
+                        start.wait();
+                        next(client, "s1")
+                    })
+                })
+                .collect();
+            calls.into_iter().map(|call| call.join().unwrap()).collect()
+        });
+        assert_eq!(answers[0]["claim_id"], answers[1]["claim_id"], "{round}: {answers:#?}");
+        assert!(answers.iter().any(|answer| answer["already_owned"] == true));
+        release(&mut c, "s1");
+    }
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn the_view_tells_of_the_owner_and_colours_its_heartbeat() {
+    let (_db, mut c) = with_backlog("('SD-1', 'low', NULL, NULL, NULL)");
+    register_at(&mut c, "a1", "alpha");
+    granted(&mut c, "SD-1", "a1");
+    age_claim(&mut c, "a1", "10 minutes 59 seconds");
+    for (age, human, color) in [
+        (59, "59s ago", "green"),
+        (60, "1m ago", "yellow"),
+        (179, "2m ago", "yellow"),
+        (180, "3m ago", "red"),
+    ] {
+        c.execute(
+            "UPDATE claude_sessions SET heartbeat_at = clock_timestamp() - make_interval(secs => $1) WHERE session_id = 'a1'",
+            &[&(f64::from(age) + 0.05)],
+        )
+        .unwrap();
+        let row = c
+            .query_one(
+                "SELECT claimed_by, hostname, codebase, claim_minutes, trunc(heartbeat_age_seconds)::integer,
+                        heartbeat_age_human, heartbeat_color FROM v_sd_next",
+                &[],
+            )
+            .unwrap();
+        assert_eq!(row.get::<_, String>(0), "a1");
+        assert_eq!(row.get::<_, String>(1), "alpha");
+        assert_eq!(row.get::<_, String>(2), "repo");
+        assert_eq!(row.get::<_, i32>(3), 10);
+        assert_eq!(row.get::<_, i32>(4), age);
+        assert_eq!(row.get::<_, String>(5), human);
+        assert_eq!(row.get::<_, String>(6), color, "{age}");
+    }
+}
+
+#[test]
+fn the_lines_read_to_the_letter() {
+    let (db, mut c) = with_backlog(
+        r#"('SD-XXX-001', 'critical', NULL, 'A', NULL), ('SD-2', 'high', NULL, 'B', NULL),
+           ('SD-3', 'low', NULL, 'A', '["SD-2"]'), ('SD-4', 'low', NULL, NULL, NULL)"#,
+    );
+    c.batch_execute(
+        "UPDATE strategic_directives_v2 SET title = 'Feature Title that is too long' WHERE sd_id = 'SD-XXX-001'",
+    )
+    .unwrap();
+    register(&mut c, "session_abc123_tty1_1234");
+    granted(&mut c, "SD-XXX-001", "session_abc123_tty1_1234");
+    age_claim(&mut c, "session_abc123_tty1_1234", "10 minutes 5 seconds");
+    age_heartbeat(&mut c, "session_abc123_tty1_1234", "30 seconds");
+    assert_eq!(
+        texts(&mut c, "SELECT * FROM sd_next(p_width => 39)"),
+        [
+            "TRACK A",
+            "CLAIMED [SD-XXX-001] - Feature Title...",
+            "        └─ Claimed by session_abc1... (10m) (heartbeat: 30s ago)",
+            "BLOCKED [SD-3] - Title of SD-3",
+            "        └─ Waits for SD-2",
+            "",
+            "TRACK B",
+            "READY   [SD-2] - Title of SD-2",
+            "",
+            "NO TRACK",
+            "READY   [SD-4] - Title of SD-4",
+        ]
+    );
+    assert_eq!(
+        texts(&mut c, "SELECT * FROM sd_next('A', 1, true, 'session_abc123_tty1_1234')"),
+        [
+            "TRACK A",
+            "\u{1b}[33mCLAIMED\u{1b}[0m [SD-XXX-001] - Feature Title that is too long",
+            "        └─ Claimed by session_abc1... (10m) \u{1b}[32m(heartbeat: 30s ago)\u{1b}[0m ← you",
+            "",
+            "The first 1; p_limit shows more.",
+        ]
+    );
+    assert_eq!(
+        texts(&mut c, "SELECT * FROM sd_next('Z')"),
+        ["the backlog has no unfinished SD in track Z"]
+    );
+    // Whoever may see may see this, and nobody else.
+    let viewer = db.role("viewer");
+    json(&mut c, "SELECT grant_coordination($1, 'viewer')", &[&viewer]);
+    let mut v = db.connect_as(&viewer);
+    assert_eq!(texts(&mut v, "SELECT * FROM sd_next('B')").len(), 2);
+    assert_eq!(queue(&mut v).len(), 4);
+    assert_eq!(
+        texts(&mut v, "SELECT reason FROM v_sd_next WHERE sd_id = 'SD-3'"),
+        ["waits for SD-2"]
+    );
+    let error = v.query("SELECT claim_next_sd('s1')", &[]).unwrap_err();
+    assert_eq!(sqlstate(&error), "42501");
+}
+
+#[test]
+fn a_bound_backlog_has_the_same_queue() {
+    let (_db, mut c) = coordinated();
+    c.batch_execute(
+        r#"CREATE SCHEMA product;
+           CREATE TYPE product.urgency AS ENUM ('High', 'low', 'none', 'critical');
+           CREATE TYPE product.state AS ENUM ('open', 'Completed', 'cancelled');
+           CREATE TABLE product.items (
+               id uuid PRIMARY KEY DEFAULT gen_random_uuid(), legacy varchar(20) UNIQUE, headline text,
+               state product.state NOT NULL DEFAULT 'open', urgency product.urgency, needs text[],
+               part_of text, noted timestamp);
+           INSERT INTO product.items (legacy, urgency, needs, part_of, noted) VALUES
+               ('L-1', 'low', NULL, NULL, '2026-01-02'), ('L-2', 'low', '{}', NULL, '2026-01-01'),
+               ('L-3', 'critical', '{L-1}', NULL, NULL), ('L-4', 'High', '{}', NULL, NULL),
+               ('L-5', 'none', NULL, 'L-4', NULL), ('L-6', NULL, '{L-6}', NULL, NULL);
+           SELECT bind_directives('product.items', '{id,legacy}', p_title_column => 'headline',
+                                  p_status_column => 'state', p_priority_column => 'urgency',
+                                  p_dependencies_column => 'needs', p_parent_column => 'part_of',
+                                  p_created_at_column => 'noted')"#,
+    )
+    .unwrap();
+    let order = "SELECT i.legacy || ' ' || q.eligibility FROM v_sd_next q JOIN product.items i ON i.id = q.sd_id::uuid ORDER BY queue_position";
+    assert_eq!(
+        texts(&mut c, order)[..4],
+        [
+            "L-3 blocked_by_dependency",
+            "L-4 blocked_by_dependency",
+            "L-2 available",
+            "L-1 available"
+        ]
+    );
+    let id = |c: &mut Client, legacy: &str| {
+        value(c, &format!("SELECT id FROM product.items WHERE legacy = '{legacy}'")).unwrap()
+    };
+    let (l1, l2, l6) = (id(&mut c, "L-1"), id(&mut c, "L-2"), id(&mut c, "L-6"));
+    assert_eq!(given(&mut c, "s1"), l2);
+    assert_eq!(given(&mut c, "s2"), l1);
+    let l5 = id(&mut c, "L-5");
+    assert_blocked(&mut c, &l6, &format!("waits for itself: {l6} → {l6}"));
+    let l4 = id(&mut c, "L-4");
+    assert_blocked(&mut c, &l4, &format!("waits for its part {l5}"));
+    c.batch_execute("UPDATE product.items SET state = 'Completed' WHERE legacy IN ('L-1', 'L-5')")
+        .unwrap();
+    assert_eq!(texts(&mut c, order)[..2], ["L-3 available", "L-4 available"]);
+    // A value that the enum has got since counts by its name.
+    c.batch_execute("ALTER TYPE product.state ADD VALUE 'DEFERRED'").unwrap();
+    c.batch_execute("UPDATE product.items SET state = 'DEFERRED' WHERE legacy = 'L-3'").unwrap();
+    assert_eq!(given(&mut c, "s2"), l4);
+    let indexes = "SELECT indexdef FROM pg_indexes WHERE tablename = 'items' AND indexname LIKE 'pg_claims_%_queue'";
+    assert_eq!(texts(&mut c, indexes).len(), 1);
+    assert_in_step(&mut c);
+    release(&mut c, "s1");
+    release(&mut c, "s2");
+    c.batch_execute("SELECT unbind_directives()").unwrap();
+    assert_eq!(texts(&mut c, indexes).len(), 0);
+    assert_eq!(given(&mut c, "s3"), "SD-1");
+}

@@ -1,0 +1,282 @@
+//! The queue: which SD comes next for a session, and what keeps the others.
+//!
+//! A choice is made on a snapshot, so it decides nothing: the SD is locked with it, and the claim that
+//! follows looks again. Whoever finds an SD locked passes on to the next one, so that many sessions
+//! that ask at once get different SDs and none waits for another.
+
+use pg_claims_core::cycle::{self, Circular};
+use pg_claims_core::listing::Entry;
+use pg_claims_core::queue::Shortage;
+use pgrx::pg_sys::BuiltinOid::{INT4OID, INT8OID, TEXTARRAYOID, TEXTOID};
+
+use super::catalog::{self, Catalog};
+use super::row::Row;
+use super::session::{Session, read_session};
+use super::statement::{Db, Statement, required};
+use crate::error::Result;
+
+/// How many acquisitions affinity looks back at: those that were made last, whoever made them.
+const REMEMBERED: usize = 200;
+
+/// The reason that the reaper records.
+const REAPED: &str = "reaped";
+
+/// What the queue needs to know of a session.
+pub struct Caller {
+    pub session: Session,
+    /// Where it runs, if it told both.
+    pub place: Option<(String, String)>,
+    /// The SD that the reaper took from it, if it has not claimed any since and nobody that one.
+    pub lost: Option<String>,
+}
+
+static CALLER: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT s.session_id, s.status, s.owner_role::oid, s.sd_id, s.claim_id, s.hostname,
+                    s.codebase,
+                    CASE WHEN s.lost_claim_id IS NOT NULL AND s.sd_id IS NULL THEN
+                        (SELECT h.sd_id FROM {x}.sd_claims h
+                          WHERE h.claim_id = s.lost_claim_id AND h.release_reason = '{REAPED}'
+                            AND NOT EXISTS (SELECT FROM {x}.sd_claims n
+                                             WHERE n.claim_id > s.lost_claim_id AND n.sd_id = h.sd_id))
+                    END
+               FROM {x}.claude_sessions s WHERE s.session_id = $1",
+            x = c.schema
+        )
+    },
+    &[TEXTOID],
+);
+
+/// The session, if it was ever registered.
+pub fn caller(db: &Db<'_>, session_id: &str) -> Result<Option<Caller>> {
+    let Some(row) = db.first_row(&CALLER, &[session_id.into()])? else {
+        return Ok(None);
+    };
+    Ok(Some(Caller {
+        session: read_session(&row)?,
+        place: row.text(6)?.zip(row.text(7)?),
+        lost: row.text(8)?,
+    }))
+}
+
+/// An SD that can be claimed, locked until the transaction ends.
+#[derive(Debug)]
+pub struct Choice {
+    pub sd_id: String,
+    pub title: Option<String>,
+    pub track: Option<String>,
+}
+
+/// What is looked for, apart from what has been passed over already ($1).
+#[derive(Debug, Clone, Copy)]
+pub enum Among<'a> {
+    All,
+    Track(&'a str),
+    These { sd_ids: &'a [String], track: Option<&'a str> },
+}
+
+static FROM_ALL: Statement = Statement::new(|c| choose(c, "true"), &[TEXTARRAYOID]);
+
+static FROM_TRACK: Statement =
+    Statement::new(|c| choose(c, "q.track = $2"), &[TEXTARRAYOID, TEXTOID]);
+
+static FROM_THESE: Statement = Statement::new(
+    |c| choose(c, "q.sd_id = ANY ($2) AND ($3 IS NULL OR q.track = $3)"),
+    &[TEXTARRAYOID, TEXTARRAYOID, TEXTOID],
+);
+
+/// The first eligible SD of those that meet `condition` that nobody has locked.
+fn choose(c: &Catalog, condition: &str) -> String {
+    let Some(b) = &c.backlog else {
+        return "SELECT NULL::text, NULL::text, NULL::text WHERE false".into();
+    };
+    // The row that is locked may be newer than the snapshot; then it must still say that the same
+    // session works on it, and that it is not finished.
+    let mut still = vec![format!("NOT {}", b.is_terminal())];
+    for (column, seen) in [
+        (&b.columns.is_working_on, "COALESCE(b.{}, false) = q.is_working_on"),
+        (&b.columns.active_session_id, "b.{} IS NOT DISTINCT FROM q.active_session_id"),
+    ] {
+        still.extend(
+            column.iter().map(|column| seen.replace("{}", &pgrx::spi::quote_identifier(column))),
+        );
+    }
+    // Of a limit that it does not know in advance the server assumes that it stops early, and reads
+    // the queue in its order from the head. Otherwise it might judge all SDs first and then sort.
+    format!(
+        "SELECT locked.sd_id, q.title, q.track
+           FROM (SELECT q.sd_id, q.title, q.track, q.is_working_on, q.active_session_id
+                   FROM {x}.v_sd_queue q
+                  WHERE q.eligibility = 'available' AND q.sd_id <> ALL ($1) AND {condition}
+                  ORDER BY q.priority_order, q.rank, q.created_at, q.sd_id
+                  LIMIT (SELECT NULL::bigint)) q
+          CROSS JOIN LATERAL (
+                 SELECT {id} AS sd_id FROM {table} b WHERE {id} = q.sd_id AND {still}
+                    FOR NO KEY UPDATE OF b SKIP LOCKED) locked
+          LIMIT 1",
+        x = c.schema,
+        id = b.canonical(),
+        table = b.from,
+        still = still.join(" AND "),
+    )
+}
+
+/// Chooses and locks an SD, unless there is none.
+pub fn next(db: &Db<'_>, among: Among<'_>, passed: &[String]) -> Result<Option<Choice>> {
+    catalog::lock_backlog(db)?;
+    let passed = passed.to_vec();
+    let rows = match among {
+        Among::All => db.run_by_index(&FROM_ALL, &[passed.into()])?,
+        Among::Track(track) => db.run_by_index(&FROM_TRACK, &[passed.into(), track.into()])?,
+        Among::These { sd_ids, track } => {
+            let arguments = [passed.into(), sd_ids.to_vec().into(), track.into()];
+            db.run_by_index(&FROM_THESE, &arguments)?
+        }
+    };
+    if rows.is_empty() {
+        return Ok(None);
+    }
+    let row = rows.first();
+    Ok(Some(Choice {
+        sd_id: row.required_text(1, "v_directives.sd_id")?,
+        title: row.text(2)?,
+        track: row.text(3)?,
+    }))
+}
+
+// Reads the last acquisitions by their primary key. That of an SD which none of them follows is its
+// latest.
+static FAMILIAR: Statement = Statement::new(
+    |c| {
+        format!(
+            "WITH recent AS MATERIALIZED (
+                 SELECT claim_id, sd_id, hostname, codebase, released_at, queue_reason
+                   FROM {x}.sd_claims ORDER BY claim_id DESC LIMIT {REMEMBERED}),
+             here AS MATERIALIZED (
+                 SELECT claim_id, sd_id, released_at, queue_reason FROM recent
+                  WHERE hostname = $1 AND codebase = $2)
+             SELECT ARRAY(SELECT h.sd_id FROM here h
+                           WHERE h.released_at IS NOT NULL
+                             AND NOT EXISTS (SELECT FROM recent r
+                                              WHERE r.sd_id = h.sd_id AND r.claim_id > h.claim_id)),
+                    (SELECT pg_catalog.count(*) = $3
+                            AND pg_catalog.bool_and(l.queue_reason IS NOT DISTINCT FROM 'affinity')
+                       FROM (SELECT h.queue_reason FROM here h ORDER BY h.claim_id DESC LIMIT $3) l)",
+            x = c.schema
+        )
+    },
+    &[TEXTOID, TEXTOID, INT4OID],
+);
+
+/// The SDs on which sessions at that host and code base were the last to work. None when the last
+/// `limit` claims from there were all given for that reason: then it is the others' turn.
+pub fn familiar(db: &Db<'_>, place: &(String, String), limit: i32) -> Result<Vec<String>> {
+    let arguments = [place.0.as_str().into(), place.1.as_str().into(), limit.into()];
+    let row = db.run(&FAMILIAR, &arguments)?.first();
+    if row.flag(2)? {
+        return Ok(Vec::new());
+    }
+    required(row.get::<Vec<String>>(1)?, "sd_claims.sd_id")
+}
+
+static COUNTS: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT eligibility, pg_catalog.count(*) FROM {}.v_sd_queue
+              WHERE $1 IS NULL OR track = $1 GROUP BY eligibility",
+            c.schema
+        )
+    },
+    &[TEXTOID],
+);
+
+static CIRCULAR: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT pg_catalog.count(*) FROM {x}.dependency_cycles() y
+               JOIN {x}.v_sd_queue q ON q.sd_id = y.sd_id
+              WHERE $1 IS NULL OR q.track = $1",
+            x = c.schema
+        )
+    },
+    &[TEXTOID],
+);
+
+/// What keeps the unfinished SDs.
+pub fn shortage(db: &Db<'_>, track: Option<&str>) -> Result<Shortage> {
+    let mut shortage = Shortage { track: track.map(str::to_owned), ..Shortage::default() };
+    let mut rows = db.run_by_index(&COUNTS, &[track.into()])?;
+    while rows.next().is_some() {
+        let count = rows.required_bigint(2, "v_sd_queue")?;
+        match rows.required_text(1, "v_sd_queue.eligibility")?.as_str() {
+            "claimed" => shortage.claimed = count,
+            "held" => shortage.held = count,
+            "blocked_by_dependency" => shortage.blocked_by_dependency = count,
+            "conflict" => shortage.conflict = count,
+            // They could be claimed, were they not locked.
+            _ => shortage.busy = count,
+        }
+    }
+    if shortage.blocked_by_dependency > 0 {
+        let row = db.run_by_index(&CIRCULAR, &[track.into()])?.first();
+        shortage.in_cycle = row.required_bigint(1, "dependency_cycles")?;
+    }
+    Ok(shortage)
+}
+
+static WAITS: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT sd_id, blocking_sd FROM {}.v_sd_blockers WHERE blocking_sd IS NOT NULL",
+            c.schema
+        )
+    },
+    &[],
+);
+
+/// The SDs that wait for themselves.
+pub fn cycles(db: &Db<'_>) -> Result<Vec<Circular>> {
+    let mut rows = db.run_by_index(&WAITS, &[])?;
+    let mut waits = Vec::with_capacity(rows.len());
+    while rows.next().is_some() {
+        let blocking = rows.required_text(2, "v_sd_blockers.blocking_sd")?;
+        waits.push((rows.required_text(1, "v_sd_blockers.sd_id")?, blocking));
+    }
+    Ok(cycle::find(&waits))
+}
+
+static LIST: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT sd_id, title, track, eligibility, reason, claimed_by, claim_minutes::bigint,
+                    heartbeat_age_human, heartbeat_color
+               FROM {}.v_sd_queue
+              WHERE $1 IS NULL OR track = $1
+              ORDER BY priority_order, rank, created_at, sd_id
+              LIMIT $2",
+            c.schema
+        )
+    },
+    &[TEXTOID, INT8OID],
+);
+
+/// The first `limit` of the queue.
+pub fn list(db: &Db<'_>, track: Option<&str>, limit: Option<i64>) -> Result<Vec<Entry>> {
+    let mut rows = db.run_by_index(&LIST, &[track.into(), limit.into()])?;
+    let mut entries = Vec::with_capacity(rows.len());
+    while rows.next().is_some() {
+        entries.push(Entry {
+            sd_id: rows.required_text(1, "v_sd_queue.sd_id")?,
+            title: rows.text(2)?,
+            track: rows.text(3)?,
+            eligibility: rows.required_text(4, "v_sd_queue.eligibility")?,
+            reason: rows.text(5)?,
+            claimed_by: rows.text(6)?,
+            claim_minutes: rows.bigint(7)?,
+            heartbeat_age_human: rows.text(8)?,
+            heartbeat_color: rows.text(9)?,
+        });
+    }
+    Ok(entries)
+}
