@@ -8,7 +8,7 @@ use std::cell::Cell;
 use pgrx::pg_sys;
 
 use crate::error::{ClaimError, Result};
-use crate::local_setting::LocalSetting;
+use crate::local_settings::LocalSettings;
 
 /// A role: by its number, as a name may be given to another one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,7 +65,7 @@ pub struct ActingAs {
     acting: Option<pg_sys::Oid>,
     role: pg_sys::Oid,
     context: i32,
-    _search_path: LocalSetting,
+    _search_path: LocalSettings,
 }
 
 impl ActingAs {
@@ -81,7 +81,7 @@ impl ActingAs {
     pub fn table_owner(role: pg_sys::Oid, search_path: &std::ffi::CStr) -> Self {
         let mut previous = pg_sys::Oid::INVALID;
         let mut context = 0;
-        let search_path = LocalSetting::new(c"search_path", search_path);
+        let search_path = LocalSettings::new(&[(c"search_path", search_path)]);
         // SAFETY: the calls read and write the backend's user id and context flags; the previous values
         // are put back on drop, which runs on an error's unwinding as well.
         unsafe {

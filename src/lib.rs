@@ -8,7 +8,7 @@ mod api;
 mod error;
 mod guc;
 mod identity;
-mod local_setting;
+mod local_settings;
 mod service;
 mod spi;
 mod trigger;

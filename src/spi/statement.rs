@@ -10,7 +10,7 @@ use pgrx::spi::{OwnedPreparedStatement, SpiClient, SpiTupleTable};
 
 use super::catalog::{self, Catalog};
 use crate::error::{ClaimError, Result};
-use crate::local_setting::LocalSetting;
+use crate::local_settings::LocalSettings;
 use crate::worker::wake;
 
 /// A statement: its text, which depends on where the extension and its backlog are, and the types
@@ -84,14 +84,16 @@ impl Db<'_> {
         Ok(self.client.select(plan, None, arguments)?)
     }
 
-    /// Runs a kept statement that looks up many things one by one. By an index each: a plan is kept, and
-    /// may have been made when a table was so small that reading it all seemed as good.
+    /// Runs a kept statement that may look up many things one by one, and mostly looks up few.
+    ///
+    /// By an index each: a plan is kept, and may have been made when a table was so small that reading it
+    /// all seemed as good. And not compiled: that would take longer than the look.
     pub fn run_by_index(
         &self,
         statement: &'static Statement,
         arguments: &[DatumWithOid<'_>],
     ) -> Result<SpiTupleTable<'_>> {
-        let _by_index = LocalSetting::new(c"enable_seqscan", c"off");
+        let _by_index = LocalSettings::new(&[(c"enable_seqscan", c"off"), (c"jit", c"off")]);
         self.run(statement, arguments)
     }
 
