@@ -130,7 +130,13 @@ fn show(server: &Server) -> Result<()> {
     println!("{started}");
 
     heading("The backlog follows by itself: SELECT … FROM v_directives");
-    table(server, QUEUE)
+    table(server, QUEUE)?;
+
+    heading("What comes next, and who holds what: SELECT * FROM sd_next()");
+    for line in client.query("SELECT * FROM sd_next(p_session_id => $1)", &[&loser])? {
+        println!("{}", line.get::<_, String>(0));
+    }
+    Ok(())
 }
 
 /// Both start the SD at the same moment; prints what each sees. Returns the winner and the loser.
