@@ -97,6 +97,14 @@ pub enum ClaimError {
         /// The table.
         table: String,
     },
+    /// Planning a statement on the backlog would run code of its owner's.
+    #[error("cannot use table {table} as the backlog, as it has code of its owner's")]
+    UntrustedCode {
+        /// The table.
+        table: String,
+        /// The code.
+        code: String,
+    },
     /// The caller may not bind the table.
     #[error("permission denied for table {table}")]
     NotTableOwner {
@@ -201,9 +209,10 @@ impl ClaimError {
             Self::InvalidId { .. } | Self::InvalidArgument { .. } => {
                 PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE
             }
-            Self::NotSessionOwner { .. } | Self::NotTableOwner { .. } | Self::Restricted => {
-                PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE
-            }
+            Self::NotSessionOwner { .. }
+            | Self::NotTableOwner { .. }
+            | Self::UntrustedCode { .. }
+            | Self::Restricted => PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
             Self::DirectWrite { code, .. } | Self::UnfitTable { code, .. } => *code,
             Self::BacklogInUse { .. } => PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
             Self::ColumnGone { .. } => PgSqlErrorCode::ERRCODE_UNDEFINED_COLUMN,
@@ -235,6 +244,9 @@ impl ClaimError {
             Self::NotTableOwner { caller, .. } => {
                 Some(format!("Role \"{}\" does not own the table.", caller.name()))
             }
+            Self::UntrustedCode { code, .. } => Some(format!(
+                "An index, a constraint, statistics or the partitioning uses {code}, which would run with the rights of the extension's owner."
+            )),
             Self::Restricted => Some(
                 "The server runs code of a user's for somebody else, such as a function in an index while that is being built or analysed.".into(),
             ),
@@ -267,6 +279,9 @@ impl ClaimError {
                 owner_role.name(),
                 caller.name()
             )),
+            Self::UntrustedCode { .. } => Some(
+                "Drop it from there, or let a superuser own it, or the table.".into(),
+            ),
             Self::NotTableOwner { .. } => {
                 Some("Call as the table's owner or as a superuser.".into())
             }

@@ -156,6 +156,7 @@ static NOTIFY: GucSetting<bool> = GucSetting::<bool>::new(true);
 static AFFINITY: GucSetting<bool> = GucSetting::<bool>::new(true);
 static AFFINITY_LIMIT: GucSetting<i32> = GucSetting::<i32>::new(3);
 static MAX_HEARTBEAT_FAILURES: GucSetting<i32> = GucSetting::<i32>::new(3);
+static MAX_SESSIONS: GucSetting<i32> = GucSetting::<i32>::new(10_000);
 static ON_DISCONNECT: GucSetting<OnDisconnect> =
     GucSetting::<OnDisconnect>::new(OnDisconnect::GoStale);
 
@@ -254,6 +255,11 @@ fn nonzero(time: TimeDelta) -> Option<TimeDelta> {
     (!time.is_zero()).then_some(time)
 }
 
+/// For how many sessions the heartbeat board is made; 0: there is none.
+pub fn max_sessions() -> usize {
+    MAX_SESSIONS.get().unsigned_abs() as usize
+}
+
 /// Declares the settings to the server.
 pub fn init() {
     for setting in ALL_SECONDS {
@@ -317,13 +323,13 @@ pub fn init() {
         ),
         (
             c"pg_claims.affinity_limit",
-            c"Sets how many times in a row a host and code base may be given what it worked on last.",
-            c"After that the next one in the order of the queue is given, so that none is passed over for ever.",
+            c"Sets how many times in a row claim_next_sd() may give what a host and code base worked on last.",
+            c"After that whoever calls is given the first in the order of the queue, so that none is passed over for ever.",
             &AFFINITY_LIMIT,
         ),
     ];
     for (name, short, long, value) in counts {
-        let (min, max) = (1, 1000);
+        let (min, max) = (1, 100);
         GucRegistry::define_int_guc(
             name,
             short,
@@ -341,6 +347,23 @@ pub fn init() {
         c"go_stale leaves it until the lease ends; release ends it at once.",
         &ON_DISCONNECT,
         GucContext::Suset,
+        GucFlags::default(),
+    );
+    // Without preloading it is too late for a setting of the server's start.
+    // SAFETY: a flag that the server sets while it loads libraries.
+    let context = if unsafe { pgrx::pg_sys::process_shared_preload_libraries_in_progress } {
+        GucContext::Postmaster
+    } else {
+        GucContext::Sighup
+    };
+    GucRegistry::define_int_guc(
+        c"pg_claims.max_sessions",
+        c"Sets for how many sessions of the server there is room on the heartbeat board in shared memory.",
+        c"0 turns it off. A session that finds no room beats in the table.",
+        &MAX_SESSIONS,
+        0,
+        10_000_000,
+        context,
         GucFlags::default(),
     );
     reserve_prefix();

@@ -5,6 +5,7 @@
 //! `core`; nothing points back up.
 
 mod api;
+mod board;
 mod error;
 mod guc;
 mod identity;
@@ -25,6 +26,7 @@ pgrx::extension_sql_file!(
         trigger::session::complete_session_write,
         trigger::history::record_claim_history,
         trigger::history::protect_open_claim,
+        trigger::board::forget_heartbeat,
         trigger::history::refuse_truncate_while_claimed,
         trigger::mirror::sync_is_working_on_with_session,
         trigger::directive::rebuild_directives_view,
@@ -36,6 +38,9 @@ pgrx::extension_sql_file!(
     requires = [
         "triggers",
         api::directive::attach_default_directives,
+        api::queue::dependency_keys,
+        api::lease::latest_heartbeat,
+        api::board::heartbeat_board,
         api::lease::lease_expires_at,
         api::lease::claim_reclaimable_at,
         api::lease::heartbeat_age_human,
@@ -62,6 +67,7 @@ pub extern "C-unwind" fn _PG_init() {
         return;
     }
     guc::init();
+    board::init();
     spi::init();
     worker::init();
 }

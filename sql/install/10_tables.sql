@@ -71,6 +71,7 @@ CREATE TABLE sd_claims (
     took_over_claim_id bigint,
     taken_over_by      text,
     queue_reason       text,
+    queue_track        text,
     CONSTRAINT sd_claims_pkey PRIMARY KEY (claim_id),
     CONSTRAINT sd_claims_closed_check CHECK ((released_at IS NULL) = (release_reason IS NULL))
 )

@@ -4,7 +4,7 @@
 -- Before a row is written: makes a direct write whole, or refuses it. Does not fire for heartbeats,
 -- which name none of these columns.
 CREATE TRIGGER claude_sessions_complete_trigger
-    BEFORE INSERT OR UPDATE OF id, session_id, sd_id, claim_id, claimed_at, status
+    BEFORE INSERT OR UPDATE OF id, session_id, sd_id, claim_id, claimed_at, status, owner_role
     ON claude_sessions
     FOR EACH ROW EXECUTE FUNCTION complete_session_write();
 
@@ -38,6 +38,17 @@ CREATE TRIGGER sd_claims_protect_delete_trigger
     BEFORE DELETE ON sd_claims
     FOR EACH ROW WHEN (pg_catalog.pg_trigger_depth() = 0 AND OLD.released_at IS NULL)
     EXECUTE FUNCTION protect_open_claim();
+
+-- Whoever sets a heartbeat back means it: the board forgets it. Heartbeats only move forward.
+CREATE TRIGGER claude_sessions_set_back_trigger
+    AFTER UPDATE OF heartbeat_at ON claude_sessions
+    FOR EACH ROW WHEN (NEW.heartbeat_at < OLD.heartbeat_at)
+    EXECUTE FUNCTION forget_heartbeat();
+
+-- A session that is gone is not answered from the board.
+CREATE TRIGGER claude_sessions_deleted_trigger
+    AFTER DELETE ON claude_sessions
+    FOR EACH ROW EXECUTE FUNCTION forget_heartbeat();
 
 -- No row trigger sees a TRUNCATE: it would leave the mirrors behind.
 CREATE TRIGGER claude_sessions_truncate_trigger

@@ -33,7 +33,7 @@ SELECT s.id,
            WHEN s.stale_at <= s.observed_at THEN 'stale'
            ELSE s.status
        END AS computed_status,
-       pg_catalog.trunc(GREATEST(EXTRACT(EPOCH FROM s.observed_at - s.claimed_at), 0) / 60, 2)
+       pg_catalog.trunc(EXTRACT(EPOCH FROM GREATEST(s.observed_at, s.claimed_at) - s.claimed_at) / 60, 2)
            AS claim_duration_minutes,
        heartbeat_age_human(s.heartbeat_at, s.observed_at) AS heartbeat_age_human,
        s.claim_id,
@@ -44,7 +44,7 @@ SELECT s.id,
        s.stale_after,
        s.progress_at,
        s.progress_note,
-       pg_catalog.trunc(GREATEST(EXTRACT(EPOCH FROM s.observed_at - s.progress_at), 0), 3)
+       pg_catalog.trunc(EXTRACT(EPOCH FROM GREATEST(s.observed_at, s.progress_at) - s.progress_at), 3)
            AS progress_age_seconds,
        s.reclaimable_at
   FROM (SELECT c.*,
@@ -54,13 +54,15 @@ SELECT s.id,
                END AS reclaimable_at,
                pg_catalog.clock_timestamp() AS observed_at
           FROM (SELECT id, session_id, sd_id, track, tty, pid, hostname, codebase, claimed_at,
-                       heartbeat_at, status, metadata, created_at, updated_at, claim_id,
+                       latest_heartbeat(tableoid, session_id, heartbeat_at) AS heartbeat_at,
+                       status, metadata, created_at, updated_at, claim_id,
                        silent_until, owner_role, stale_after, progress_at, progress_note
                   FROM claude_sessions
                  WHERE sd_id IS NOT NULL AND status = 'active'
                 UNION ALL
                 SELECT id, session_id, NULL::text, track, tty, pid, hostname, codebase, claimed_at,
-                       heartbeat_at, status, metadata, created_at, updated_at, claim_id,
+                       latest_heartbeat(tableoid, session_id, heartbeat_at) AS heartbeat_at,
+                       status, metadata, created_at, updated_at, claim_id,
                        silent_until, owner_role, stale_after, progress_at, progress_note
                   FROM claude_sessions
                  WHERE sd_id IS NULL AND status <> 'released') c) s
@@ -81,7 +83,10 @@ SELECT h.last_run_at,
        h.last_pruned_at,
        due.claims AS claims_due,
        COALESCE(due.lag_seconds, 0) AS lag_seconds,
-       beating.connections AS heartbeat_connections
+       beating.connections AS heartbeat_connections,
+       board.capacity AS board_capacity,
+       board.entries AS board_entries,
+       board.refused AS board_refused
   FROM (SELECT pg_catalog.count(*) AS claims,
                pg_catalog.trunc(pg_catalog.max(EXTRACT(EPOCH FROM
                    pg_catalog.clock_timestamp() - s.reclaimable_at)), 3) AS lag_seconds
@@ -90,7 +95,8 @@ SELECT h.last_run_at,
            AND s.reclaimable_at <= pg_catalog.clock_timestamp()) due
  CROSS JOIN (SELECT pg_catalog.count(*) AS connections
                FROM heartbeat_connections WHERE given_up_at IS NULL) beating
-  LEFT JOIN worker_health h ON true;
+  LEFT JOIN worker_health h ON true
+  LEFT JOIN heartbeat_board() board ON true;
 
 -- Catching up without loss or repetition: each event once, in the order in which events became
 -- visible.

@@ -25,7 +25,9 @@ BEGIN ATOMIC
     SELECT 'child', c.sd_id, c.sd_id
       FROM v_directive_keys n
       JOIN v_directives c ON c.parent_sd_id = n.key
-     WHERE n.sd_id = p_sd_id AND NOT c.is_terminal;
+     WHERE n.sd_id = p_sd_id AND NOT c.is_terminal
+       AND NOT EXISTS (SELECT FROM v_directive_keys o
+                        WHERE o.key = n.key AND o.precedence < n.precedence);
 END;
 
 -- The same of all unfinished SDs.
@@ -42,7 +44,7 @@ SELECT m.conflict_id,
        m.conflict_type,
        m.conflicting_sd,
        o.session_id AS conflicting_session,
-       COALESCE(is_claim_live(o.heartbeat_at, o.silent_until, o.stale_after, o.claimed_at, o.claim_id),
+       COALESCE(is_claim_live(latest_heartbeat(o.tableoid, o.session_id, o.heartbeat_at), o.silent_until, o.stale_after, o.claimed_at, o.claim_id),
                 false) AS is_live
   FROM (SELECT conflict_id, sd_id_a AS sd_id, conflict_type, sd_id_b AS conflicting_sd
           FROM sd_conflict_matrix WHERE resolved_at IS NULL AND conflict_severity = 'blocking'
@@ -73,10 +75,11 @@ SELECT q.*,
                            CASE w.kind
                                WHEN 'child' THEN 'waits for its part ' || w.key
                                WHEN 'malformed' THEN 'its dependencies are not a list of keys: ' || w.key
-                               ELSE 'waits for ' || COALESCE(w.blocking_sd, w.key, 'null')
-                                    || CASE WHEN w.blocking_sd IS NULL
-                                            THEN ', which the backlog does not have' ELSE '' END
-                           END, '; ')
+                               ELSE 'waits for ' || COALESCE(
+                                        w.blocking_sd,
+                                        '"' || pg_catalog.left(w.key, 100) || '", which the backlog does not have',
+                                        'null, which is no key')
+                           END, '; ' ORDER BY w.key)
                   FROM (SELECT * FROM sd_blockers(q.sd_id, q.dependencies) LIMIT 5) w))
            WHEN 'conflict' THEN
                (SELECT pg_catalog.format('in conflict (%s) with %s, which %s has claimed',
@@ -86,9 +89,9 @@ SELECT q.*,
            WHEN 'available' THEN
                'claimed by ' || q.claimed_by || ', which is stale: a claim takes over'
        END AS reason,
-       pg_catalog.trunc(GREATEST(EXTRACT(EPOCH FROM q.observed_at - q.claimed_at), 0) / 60)::integer
+       pg_catalog.trunc(EXTRACT(EPOCH FROM GREATEST(q.observed_at, q.claimed_at) - q.claimed_at) / 60)::integer
            AS claim_minutes,
-       pg_catalog.trunc(GREATEST(EXTRACT(EPOCH FROM q.observed_at - q.heartbeat_at), 0), 3)
+       pg_catalog.trunc(EXTRACT(EPOCH FROM GREATEST(q.observed_at, q.heartbeat_at) - q.heartbeat_at), 3)
            AS heartbeat_age_seconds,
        heartbeat_age_human(q.heartbeat_at, q.observed_at) AS heartbeat_age_human,
        CASE WHEN q.observed_at - q.heartbeat_at < interval '60 seconds' THEN 'green'
@@ -112,15 +115,17 @@ SELECT q.*,
           FROM v_directives d
           LEFT JOIN LATERAL (
                   SELECT s.session_id, s.hostname, s.tty, s.codebase, s.claim_id, s.claimed_at,
-                         s.heartbeat_at,
-                         lease_expires_at(s.heartbeat_at, s.silent_until, s.stale_after, s.claimed_at)
+                         h.latest AS heartbeat_at,
+                         lease_expires_at(h.latest, s.silent_until, s.stale_after, s.claimed_at)
                              AS stale_at,
-                         claim_reclaimable_at(s.heartbeat_at, s.silent_until, s.stale_after, s.claimed_at)
+                         claim_reclaimable_at(h.latest, s.silent_until, s.stale_after, s.claimed_at)
                              AS reclaimable_at,
-                         is_claim_live(s.heartbeat_at, s.silent_until, s.stale_after, s.claimed_at, s.claim_id)
+                         is_claim_live(h.latest, s.silent_until, s.stale_after, s.claimed_at, s.claim_id)
                              AS is_live,
                          pg_catalog.clock_timestamp() AS observed_at
                     FROM claude_sessions s
+                   CROSS JOIN LATERAL (SELECT latest_heartbeat(s.tableoid, s.session_id, s.heartbeat_at)
+                                           AS latest OFFSET 0) h
                    WHERE s.sd_id = d.sd_id AND s.sd_id IS NOT NULL AND s.status = 'active'
                   OFFSET 0) o ON true
          WHERE NOT d.is_terminal) q;

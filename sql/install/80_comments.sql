@@ -5,7 +5,7 @@ COMMENT ON TABLE claude_sessions IS
 COMMENT ON COLUMN claude_sessions.session_id IS 'The name that the session gave itself: 1 to 200 characters, no control characters.';
 COMMENT ON COLUMN claude_sessions.sd_id IS 'The SD that the session holds. Writing it claims, clearing it releases.';
 COMMENT ON COLUMN claude_sessions.status IS 'active, idle or released. Stale is never stored: see v_active_sessions.computed_status.';
-COMMENT ON COLUMN claude_sessions.heartbeat_at IS 'The last sign of life, by the database''s clock.';
+COMMENT ON COLUMN claude_sessions.heartbeat_at IS 'The last sign of life that the row knows of, by the database''s clock; see latest_heartbeat().';
 COMMENT ON COLUMN claude_sessions.updated_at IS 'The last change other than a heartbeat.';
 COMMENT ON COLUMN claude_sessions.claim_id IS 'The fencing token of the acquisition that the session holds; assigned by the server.';
 COMMENT ON COLUMN claude_sessions.silent_until IS 'Until when the session announced that it will not beat.';
@@ -35,7 +35,7 @@ COMMENT ON TABLE heartbeat_connections IS
 COMMENT ON COLUMN heartbeat_connections.given_up_at IS 'When it stopped after too many failures in a row.';
 COMMENT ON TABLE worker_health IS 'How the worker does in this database: see v_worker_health.';
 COMMENT ON VIEW v_worker_health IS
-    'How the worker does: last run, its duration in milliseconds, claims reaped by it and in all, errors, and lag: for how many seconds the claim that has waited longest for the reaper has been due.';
+    'How the worker does: last run, its duration in milliseconds, claims reaped by it and in all, errors, lag (for how many seconds the claim that has waited longest for the reaper has been due), and the heartbeat board.';
 
 COMMENT ON TABLE sd_claims IS
     'One row per acquisition, open or ended; derived from claude_sessions. Survives the session.';
@@ -43,6 +43,7 @@ COMMENT ON COLUMN sd_claims.claim_id IS 'The fencing token: it only grows and ne
 COMMENT ON COLUMN sd_claims.took_over_claim_id IS 'The stale acquisition that this one took over.';
 COMMENT ON COLUMN sd_claims.taken_over_by IS 'The session that took this acquisition over.';
 COMMENT ON COLUMN sd_claims.queue_reason IS 'Why the queue gave it: lost, affinity or order; NULL: it was asked for.';
+COMMENT ON COLUMN sd_claims.queue_track IS 'The track that the queue was asked for; NULL: any.';
 COMMENT ON INDEX sd_claims_open_key IS 'One open acquisition per SD.';
 
 COMMENT ON TABLE session_lifecycle_events IS
@@ -117,6 +118,11 @@ COMMENT ON FUNCTION prune_history(integer) IS
     'What the worker does by itself: removes ended claims, ended sessions and events older than pg_claims.history_retention; never an open claim. Returns how many of each.';
 COMMENT ON FUNCTION lifecycle_events_since(bigint, integer) IS
     'The audit in the order in which events became visible, after place p_id (0: from the oldest kept), up to p_limit. Each event once; the last id is the next call''s p_id.';
+COMMENT ON FUNCTION latest_heartbeat(oid, text, timestamptz) IS
+    'A session''s last sign of life: the later one of the heartbeat board in shared memory and what its row (the third argument) says. The first argument is the row''s tableoid.';
+COMMENT ON FUNCTION heartbeat_board() IS
+    'The heartbeat board in shared memory, if there is one: for how many sessions of the server it was made (pg_claims.max_sessions), how many it holds, and how many times it had no room for one, which then beat in the table.';
+COMMENT ON FUNCTION forget_heartbeat() IS 'Trigger: the heartbeat board forgets a session that was deleted, or whose heartbeat was set back.';
 COMMENT ON FUNCTION lease_expires_at(timestamptz, timestamptz, interval, timestamptz) IS
     'When a session with this heartbeat, announced silence, lease of its own and time of claim counts as stale: the one rule of liveness.';
 COMMENT ON FUNCTION claim_reclaimable_at(timestamptz, timestamptz, interval, timestamptz) IS
@@ -131,6 +137,8 @@ COMMENT ON FUNCTION sd_next(text, integer, boolean, text, integer) IS
     'The queue as a person reads it: the first p_limit unfinished SDs by track, with who holds them or what keeps them, in p_width columns, with ANSI colours on request; the SD of p_session_id is marked.';
 COMMENT ON FUNCTION sd_blockers(text, jsonb) IS
     'What an SD of that canonical id and with those dependencies waits for: see v_sd_blockers.';
+COMMENT ON FUNCTION dependency_keys(text) IS
+    'The keys that a json column holds, as a list of strings; what is no list, as a string. Never fails.';
 COMMENT ON FUNCTION dependency_cycles() IS
     'The unfinished SDs that wait for themselves, by way of dependencies and parts, each with a circle that it is entangled in.';
 COMMENT ON FUNCTION grant_coordination(text, text) IS

@@ -7,9 +7,25 @@ use pgrx::datum::Interval;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
+use crate::board::Place;
 use crate::error::Result;
 use crate::guc;
 use crate::spi::{guard, time};
+
+// Called stable for the reason given at is_claim_live().
+#[pg_extern(stable, parallel_safe)]
+pub fn latest_heartbeat(
+    p_sessions: Option<pg_sys::Oid>,
+    p_session_id: Option<&str>,
+    p_heartbeat_at: Option<TimestampWithTimeZone>,
+) -> Option<TimestampWithTimeZone> {
+    let written = p_heartbeat_at?;
+    let on_board = p_sessions
+        .zip(p_session_id)
+        .and_then(|(sessions, session_id)| Place::of(sessions, session_id).latest())
+        .and_then(|at| TimestampWithTimeZone::try_from(at).ok());
+    Some(on_board.map_or(written, |on_board| if on_board > written { on_board } else { written }))
+}
 
 #[pg_extern(stable, parallel_safe)]
 pub fn lease_expires_at(

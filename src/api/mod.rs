@@ -3,6 +3,7 @@
 //! All run as the extension's owner with a pinned search_path; none is STRICT, so that a NULL is
 //! answered with an error that names the argument.
 
+pub mod board;
 mod claim;
 mod conflict;
 pub mod directive;

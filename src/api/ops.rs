@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::error::{ClaimError, Result};
 use crate::guc;
 use crate::spi::claim::reap::{self, Policy};
-use crate::spi::{Db, order, prune, time};
+use crate::spi::{Db, heartbeat, order, prune, time};
 use crate::worker::wake;
 
 /// How many events a call puts in order and announces.
@@ -37,6 +37,8 @@ fn cleanup_stale_sessions(
     // The worker passes by what this holds, and must look again afterwards.
     wake::at_commit();
     let reaped = Db::connect(|db| {
+        // Should this be rolled back, these heartbeats come with the next.
+        heartbeat::write_board(db)?.note();
         let reaped = reap_up_to(db, policy, batch)?;
         order::append_visible(db, EVENT_BATCH)?;
         order::announce(db, EVENT_BATCH, guc::notify())?;

@@ -1,8 +1,9 @@
 //! The queue: taking the next SD, and showing what there is.
 
+use pg_claims_core::keys;
 use pg_claims_core::listing::{self, Style};
 use pg_claims_core::outcome::Claimed;
-use pg_claims_core::queue::QueueReason;
+use pg_claims_core::queue::{QueueReason, Queued};
 use pg_claims_core::refusal::Refusal;
 use pgrx::JsonB;
 use pgrx::pg_sys::panic::ErrorReport;
@@ -13,11 +14,15 @@ use super::{answer, check_may_act_for, shared};
 use crate::error::{ClaimError, Result, checked_id};
 use crate::guc;
 use crate::spi::claim::{self, Request};
-use crate::spi::queue::{self, Among, Caller, Choice};
+use crate::spi::queue::{self, Among, Attempt, Caller, Choice};
+use crate::spi::session::Session;
 use crate::spi::{Db, directive};
 
 /// The least columns of a terminal that `sd_next` writes for.
 const LEAST_WIDTH: i32 = 20;
+
+/// How many times a call takes note that its session has been changed meanwhile.
+const MOST_CHANGES: usize = 16;
 
 /// A claim that the queue gave.
 #[derive(Serialize)]
@@ -39,11 +44,15 @@ fn claim_next_sd(
     Ok(Db::connect(|db| answer(claim_next(db, session_id, p_track)?))?)
 }
 
-/// Each round ends it, or passes over one more SD for good, or finds what the session has come to hold.
+/// Each round ends it, passes over one more SD for good, or finds that what the session held or was
+/// is no longer so, which it does a few times only.
 fn claim_next(db: &Db<'_>, session_id: &str, track: Option<&str>) -> Result<Result<Next, Refusal>> {
     shared::note_acting_for(session_id);
+    let may_act = |session: &Session| check_may_act_for(db, session);
+    let mut avoided = queue::failed_lately();
     let mut passed = Vec::new();
-    loop {
+    let mut changes = 0;
+    while changes < MOST_CHANGES {
         let Some(caller) = queue::caller(db, session_id)? else {
             return Ok(Err(Refusal::SessionNotFound { session_id: session_id.into() }));
         };
@@ -51,39 +60,53 @@ fn claim_next(db: &Db<'_>, session_id: &str, track: Option<&str>) -> Result<Resu
         if caller.session.is_released() {
             return Ok(Err(Refusal::SessionReleased { session_id: session_id.into() }));
         }
-        let (sd_id, queued, track_of_sd) = match &caller.session.claim {
-            Some((held, _)) => (held.clone(), None, None),
-            None => match choose(db, &caller, track, &passed)? {
-                Some((choice, reason)) => {
-                    (choice.sd_id, Some((reason, choice.title)), choice.track)
+        if let Some((held, _)) = &caller.session.claim {
+            let request = Request { sd_id: held, session_id, track, force: None, queued: None };
+            match claim::acquire(db, request, may_act)? {
+                Ok(claimed) => {
+                    let title = directive::title(db, &claimed.sd_id)?;
+                    return Ok(Ok(Next { claimed, title, queue_reason: None }));
                 }
-                None => {
-                    let shortage = queue::shortage(db, track)?;
-                    return Ok(Err(Refusal::QueueEmpty { shortage }));
-                }
-            },
-        };
-        let request = Request {
-            sd_id: &sd_id,
-            session_id,
-            track: track.or(track_of_sd.as_deref()),
-            force: None,
-            queued: queued.as_ref().map(|(reason, _)| *reason),
-        };
-        match claim::acquire(db, request, |session| check_may_act_for(db, session))? {
-            Ok(claimed) => {
-                let chosen = queued.filter(|_| !claimed.already_owned);
-                let (queue_reason, title) = match chosen {
-                    Some((reason, title)) => (Some(reason), title),
-                    None => (None, directive::title(db, &claimed.sd_id)?),
-                };
-                return Ok(Ok(Next { claimed, title, queue_reason }));
+                // It has lost it just now.
+                Err(Refusal::AlreadyClaimed { .. }) => changes += 1,
+                Err(refusal) => return Ok(Err(refusal)),
             }
-            // Looked for again at the next round.
-            Err(Refusal::SessionNotFound { .. } | Refusal::SessionReleased { .. }) => {}
-            Err(_) => passed.push(sd_id),
+            continue;
+        }
+        let all_passed = [passed.as_slice(), &avoided].concat();
+        let Some((choice, reason)) = choose(db, &caller, track, &all_passed)? else {
+            if avoided.is_empty() {
+                return Ok(Err(Refusal::QueueEmpty { shortage: queue::shortage(db, track)? }));
+            }
+            // There is nothing else.
+            avoided.clear();
+            continue;
+        };
+        if !queue::is_still_available(db, &choice.sd_id, track)? {
+            passed.push(choice.sd_id);
+            continue;
+        }
+        let request = Request {
+            sd_id: &choice.sd_id,
+            session_id,
+            track: track.or(choice.track.as_deref()),
+            force: None,
+            queued: Some(Queued { reason, track }),
+        };
+        let attempt = Attempt::at(&choice.sd_id);
+        let acquired = claim::acquire(db, request, may_act)?;
+        attempt.done();
+        match acquired {
+            Ok(claimed) if claimed.already_owned => changes += 1,
+            Ok(claimed) => {
+                let queue_reason = Some(reason);
+                return Ok(Ok(Next { claimed, title: choice.title, queue_reason }));
+            }
+            Err(Refusal::SessionNotFound { .. } | Refusal::SessionReleased { .. }) => changes += 1,
+            Err(_) => passed.push(choice.sd_id),
         }
     }
+    Ok(Err(Refusal::SessionBusy { session_id: session_id.into() }))
 }
 
 /// First what the reaper took from this session, then what its place has worked on, then the order.
@@ -100,7 +123,7 @@ fn choose(
         }
     }
     if let Some(place) = caller.place.as_ref().filter(|_| guc::affinity()) {
-        let sd_ids = queue::familiar(db, place, guc::affinity_limit())?;
+        let sd_ids = queue::familiar(db, place, track, guc::affinity_limit())?;
         if !sd_ids.is_empty()
             && let Some(choice) = queue::next(db, Among::These { sd_ids: &sd_ids, track }, passed)?
         {
@@ -151,6 +174,12 @@ fn sd_next(
         Ok(lines)
     })?;
     Ok(SetOfIterator::new(lines))
+}
+
+/// Stands behind v_directives.
+#[pg_extern(immutable, parallel_safe)]
+pub fn dependency_keys(p_json: Option<&str>) -> Option<JsonB> {
+    p_json.map(|json| JsonB(keys::read(json)))
 }
 
 // Stable, as v_sd_queue calls it: see is_claim_live().

@@ -27,7 +27,7 @@ pub fn find(waits: &[(String, String)]) -> Vec<Circular> {
     for (waiting, awaited) in waits {
         let [from, to] = [waiting, awaited]
             .map(|sd_id| *nodes.entry(sd_id.as_str()).or_insert_with(|| graph.add_node(sd_id)));
-        graph.update_edge(from, to, ());
+        graph.add_edge(from, to, ());
     }
     let components = kosaraju_scc(&graph);
     let mut component_of = vec![0; graph.node_count()];

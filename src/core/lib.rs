@@ -5,9 +5,11 @@
 //! is glue between these rules and the tables.
 
 pub mod age;
+pub mod board;
 pub mod cycle;
 pub mod frontier;
 pub mod id;
+pub mod keys;
 pub mod lease;
 pub mod listing;
 pub mod manager;

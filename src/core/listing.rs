@@ -101,7 +101,9 @@ fn second_line(entry: &Entry, style: &Style<'_>) -> Option<String> {
         let reason = printable(entry.reason.as_deref()?);
         let mut characters = reason.chars();
         let first = characters.next()?.to_uppercase();
-        return Some(format!("{INDENT}{}", cut(&format!("{first}{}", characters.as_str()), room)));
+        let mine = mark(entry, style);
+        let reason = format!("{first}{}", characters.as_str());
+        return Some(format!("{INDENT}{}{mine}", cut(&reason, room.saturating_sub(mine.width()))));
     };
     let heartbeat = entry.heartbeat_age_human.as_deref().unwrap_or_default();
     let heartbeat = format!("(heartbeat: {heartbeat})");
@@ -110,8 +112,17 @@ fn second_line(entry: &Entry, style: &Style<'_>) -> Option<String> {
         short(owner),
         duration(entry.claim_minutes.unwrap_or(0)),
         paint(&heartbeat, entry.heartbeat_color.as_deref(), style),
-        if style.session_id == Some(owner) { " ← you" } else { "" },
+        mark(entry, style),
     ))
+}
+
+/// Tells the reader's own SD.
+fn mark(entry: &Entry, style: &Style<'_>) -> &'static str {
+    if style.session_id.is_some() && style.session_id == entry.claimed_by.as_deref() {
+        " ← you"
+    } else {
+        ""
+    }
 }
 
 fn duration(minutes: i64) -> String {

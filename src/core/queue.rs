@@ -25,6 +25,15 @@ impl QueueReason {
     }
 }
 
+/// How the queue came to give an SD.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Queued<'a> {
+    /// Why this one.
+    pub reason: QueueReason,
+    /// The track that was asked for.
+    pub track: Option<&'a str>,
+}
+
 /// Why no SD could be given: how many there are that are not finished, and what keeps them.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Shortage {

@@ -73,6 +73,12 @@ pub enum Refusal {
         /// The session.
         session_id: String,
     },
+    /// Another transaction is about to claim the SD, or its owner is about to beat. The queue passes it
+    /// by; whoever asks for it by name waits instead.
+    SdBusy {
+        /// The SD.
+        sd_id: String,
+    },
     /// The queue has no SD that could be claimed now.
     QueueEmpty {
         /// What there is instead.
@@ -108,6 +114,7 @@ impl Refusal {
             Self::Conflict { .. } => "conflict",
             Self::NoConflict { .. } => "no_conflict",
             Self::NotHeld { .. } => "not_held",
+            Self::SdBusy { .. } => "sd_busy",
             Self::QueueEmpty { .. } => "queue_empty",
             Self::NoClaim { .. } => "no_claim",
             Self::ClaimLost { .. } => "claim_lost",
@@ -205,6 +212,7 @@ impl Serialize for Refusal {
             | Self::SessionBusy { session_id }
             | Self::NoClaim { session_id } => json.session_id = Some(session_id),
             Self::SdNotFound { sd_id }
+            | Self::SdBusy { sd_id }
             | Self::NotHeld { sd_id }
             | Self::NoConflict { sd_id, .. } => json.sd_id = Some(sd_id),
             Self::Held { sd_id, hold } => {

@@ -39,6 +39,7 @@ pub fn message(refusal: &Refusal) -> String {
         ),
         Refusal::NoConflict { sd_id, other } => format!("{sd_id} and {other} are in no conflict"),
         Refusal::NotHeld { sd_id } => format!("{sd_id} is not held"),
+        Refusal::SdBusy { sd_id } => format!("{sd_id} is being written by another transaction"),
         Refusal::QueueEmpty { shortage } => shortage.message(),
         Refusal::NoClaim { session_id } => format!("session \"{session_id}\" holds no SD"),
         Refusal::ClaimLost { session_id, claim_id, .. } => {
@@ -78,6 +79,7 @@ pub fn hint(refusal: &Refusal) -> Option<&'static str> {
         Refusal::QueueEmpty { .. } => Some(
             "Try again when an SD has been released, finished or added; v_sd_next says of each what keeps it.",
         ),
+        Refusal::SdBusy { .. } => Some("Try again once that transaction has ended."),
         Refusal::NoClaim { .. } | Refusal::NoConflict { .. } | Refusal::NotHeld { .. } => None,
         Refusal::ClaimLost { .. } => {
             Some("Stop working under this claim; claim the SD again if it is free.")
@@ -163,7 +165,12 @@ pub fn told(fact: &Option<String>) -> String {
 
 /// The text without characters that could forge lines or steer the reader's terminal.
 pub fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+    let steers = |c: char| {
+        c.is_control()
+            // Line and paragraph separators, and what turns the direction of writing.
+            || matches!(c, '\u{2028}' | '\u{2029}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    text.chars().map(|c| if steers(c) { '\u{fffd}' } else { c }).collect()
 }
 
 #[cfg(test)]

@@ -21,6 +21,8 @@ pub struct Catalog {
     pub extension: pg_sys::Oid,
     /// Its schema, quoted for use in SQL.
     pub schema: String,
+    /// The sessions.
+    pub sessions: pg_sys::Oid,
     /// The claim history, which a change of the backlog locks.
     pub sd_claims: pg_sys::Oid,
     /// The extension's own backlog, unless the schema had a table of that name before.
@@ -66,11 +68,14 @@ extern "C-unwind" fn schema_changed(_: pg_sys::Datum, _: i32, _: u32) {
     CHANGED.set(true);
 }
 
+/// The catalogue, if it has been read and has not changed since.
+pub fn known() -> Option<Rc<Catalog>> {
+    if CHANGED.get() { None } else { CURRENT.with_borrow(Clone::clone) }
+}
+
 /// The catalogue, read anew if it has changed.
 pub fn current(db: &Db<'_>) -> Result<Rc<Catalog>> {
-    if !CHANGED.get()
-        && let Some(current) = CURRENT.with_borrow(Clone::clone)
-    {
+    if let Some(current) = known() {
         return Ok(current);
     }
     // Reset first: a change that arrives while reading must not be lost.
@@ -157,6 +162,7 @@ fn read(db: &Db<'_>) -> Result<Catalog> {
     Ok(Catalog {
         extension,
         schema,
+        sessions,
         sd_claims,
         own_backlog,
         backlog,

@@ -38,6 +38,34 @@ pub fn enter(db: &Db<'_>, sd_id: &str) -> Result<()> {
     Ok(())
 }
 
+// As ENTER, of the pairs that nobody else has entered.
+static TRY_ENTER: Statement = Statement::new(
+    |c| {
+        format!(
+            "WITH pairs AS MATERIALIZED (
+                 SELECT conflict_id FROM {x}.sd_conflict_matrix
+                  WHERE (sd_id_a = $1 OR sd_id_b = $1) AND resolved_at IS NULL
+                    AND conflict_severity = 'blocking'
+                  ORDER BY conflict_id FOR NO KEY UPDATE SKIP LOCKED),
+                  entered AS (
+                 UPDATE {x}.sd_conflict_matrix m SET last_claim_at = pg_catalog.clock_timestamp()
+                   FROM pairs WHERE m.conflict_id = pairs.conflict_id)
+             SELECT (SELECT pg_catalog.count(*) FROM pairs)
+                    = (SELECT pg_catalog.count(*) FROM {x}.sd_conflict_matrix
+                        WHERE (sd_id_a = $1 OR sd_id_b = $1) AND resolved_at IS NULL
+                          AND conflict_severity = 'blocking')",
+            x = c.schema
+        )
+    },
+    &[TEXTOID],
+);
+
+/// Like [`enter`], but waits for nobody: false where somebody else is claiming what the SD is in
+/// conflict with.
+pub fn try_enter(db: &Db<'_>, sd_id: &str) -> Result<bool> {
+    db.run(&TRY_ENTER, &[sd_id.into()])?.first().flag(1)
+}
+
 static OPPONENT: Statement = Statement::new(
     |c| {
         format!(

@@ -1,6 +1,7 @@
 //! How the worker does.
 
 use chrono::TimeDelta;
+use pgrx::pg_sys;
 use pgrx::pg_sys::BuiltinOid::{BOOLOID, FLOAT8OID, INT8OID, TEXTOID};
 
 use super::row::Row;
@@ -96,4 +97,17 @@ static IS_BUSY: Statement = Statement::new(
 /// prepared transaction, whose commit nobody announces.
 pub fn is_busy(db: &Db<'_>) -> Result<bool> {
     db.run(&IS_BUSY, &[])?.first().flag(1)
+}
+
+static DATABASES: Statement =
+    Statement::new(|_| "SELECT oid FROM pg_catalog.pg_database".into(), &[]);
+
+/// The server's databases.
+pub fn databases(db: &Db<'_>) -> Result<Vec<pg_sys::Oid>> {
+    let mut rows = db.run(&DATABASES, &[])?;
+    let mut databases = Vec::new();
+    while rows.next().is_some() {
+        databases.extend(rows.get::<pg_sys::Oid>(1)?);
+    }
+    Ok(databases)
 }

@@ -1,16 +1,31 @@
 //! Signs of life: heartbeats, announced silence, progress.
 
+use std::collections::HashMap;
+
 use chrono::{DateTime, Utc};
+use pg_claims_core::board::Held;
 use pg_claims_core::lease::Lease;
 use pg_claims_core::session::{Beat, Progressed};
 use pgrx::datum::Interval;
-use pgrx::pg_sys::BuiltinOid::{INT8OID, INTERVALOID, OIDOID, TEXTARRAYOID, TEXTOID};
+use pgrx::pg_sys;
+use pgrx::pg_sys::BuiltinOid::{
+    INT8OID, INTERVALOID, OIDOID, TEXTARRAYOID, TEXTOID, TIMESTAMPTZARRAYOID,
+};
 use pgrx::spi::SpiTupleTable;
 
+use super::catalog;
 use super::row::Row;
 use super::statement::{Db, Statement};
+use super::time;
+use crate::board::{self, Place};
 use crate::error::Result;
+use crate::guc;
 use crate::identity::Role;
+
+/// A session's last heartbeat, the later one of board and table, of the row that `prefix` names.
+pub fn latest(schema: &str, prefix: &str) -> String {
+    format!("{schema}.latest_heartbeat({prefix}tableoid, {prefix}session_id, {prefix}heartbeat_at)")
+}
 
 static BEAT: Statement = Statement::new(
     |c| {
@@ -35,12 +50,43 @@ pub fn beat(
     owner_role: Role,
     claim_id: Option<i64>,
 ) -> Result<Option<(Beat, Option<i64>)>> {
+    let is_first_write = !time::has_written();
     let Some(row) =
         db.first_row(&BEAT, &[session_id.into(), owner_role.0.into(), claim_id.into()])?
     else {
         return Ok(None);
     };
-    Ok(Some(read_beat(&row, session_id.to_owned())?))
+    let (beat, lost) = read_beat(&row, session_id.to_owned())?;
+    if is_first_write && lost.is_none() {
+        open_on_board(db, &beat, owner_role)?;
+    }
+    Ok(Some((beat, lost)))
+}
+
+/// Lets the board answer from now on. The row is locked; what it says is committed, as long as this
+/// transaction has written nothing before. A session that lost a claim is told so by the table.
+fn open_on_board(db: &Db<'_>, beat: &Beat, owner_role: Role) -> Result<()> {
+    let held = Held { owner: owner_role.0.to_u32(), claim: beat.sd_id.clone().zip(beat.claim_id) };
+    let place = Place::of(db.catalog()?.sessions, &beat.session_id);
+    place.open(&held, time::to_microseconds(beat.heartbeat_at));
+    Ok(())
+}
+
+/// Records a sign of life on the board, without any statement. `None` where only the table can tell: the
+/// board does not know the session, another role calls, the claim that is named is another one.
+pub fn beat_on_board(session_id: &str, caller: Role, claim_id: Option<i64>) -> Option<Beat> {
+    let place = Place::of(catalog::known()?.sessions, session_id);
+    let now = time::to_microseconds(time::now());
+    let (at, held) = place.beat(caller.0, claim_id, now)?;
+    let (sd_id, claim_id) = held.claim.unzip();
+    Some(Beat {
+        success: true,
+        session_id: session_id.to_owned(),
+        heartbeat_at: time::from_microseconds(at),
+        sd_id,
+        claim_id,
+        lost_claim: None,
+    })
 }
 
 fn read_beat(row: &SpiTupleTable<'_>, session_id: String) -> Result<(Beat, Option<i64>)> {
@@ -82,9 +128,10 @@ static BEAT_MANY: Statement = Statement::new(
                  UPDATE {x}.claude_sessions s
                     SET heartbeat_at = GREATEST(s.heartbeat_at, pg_catalog.clock_timestamp())
                    FROM free WHERE s.session_id = free.session_id
-              RETURNING s.heartbeat_at, s.sd_id, s.claim_id, s.lost_claim_id, s.session_id)
+              RETURNING s.heartbeat_at, s.sd_id, s.claim_id, s.lost_claim_id, s.session_id,
+                        s.owner_role)
              SELECT b.heartbeat_at, b.sd_id, b.claim_id, b.lost_claim_id, asked.session_id,
-                    s.status
+                    s.status, b.owner_role::oid
                FROM pg_catalog.unnest($1) WITH ORDINALITY AS asked(session_id, place)
                LEFT JOIN beaten b ON b.session_id = asked.session_id
                LEFT JOIN {x}.claude_sessions s ON s.session_id = asked.session_id
@@ -97,6 +144,7 @@ static BEAT_MANY: Statement = Statement::new(
 
 /// Records a sign of life of each session, which must be distinct; says what was found, in order.
 pub fn beat_many(db: &Db<'_>, session_ids: &[String]) -> Result<Vec<(String, Found)>> {
+    let is_first_write = !time::has_written();
     let mut rows = db.run(&BEAT_MANY, &[session_ids.to_vec().into()])?;
     let mut found = Vec::with_capacity(session_ids.len());
     while rows.next().is_some() {
@@ -104,6 +152,9 @@ pub fn beat_many(db: &Db<'_>, session_ids: &[String]) -> Result<Vec<(String, Fou
         let state = match (rows.instant(1)?, rows.text(6)?) {
             (Some(_), _) => {
                 let (beat, lost) = read_beat(&rows, session_id.clone())?;
+                if is_first_write && lost.is_none() {
+                    open_on_board(db, &beat, rows.role(7, "claude_sessions.owner_role")?)?;
+                }
                 Found::Beaten(Box::new(beat), lost)
             }
             (None, None) => Found::Unknown,
@@ -113,6 +164,96 @@ pub fn beat_many(db: &Db<'_>, session_ids: &[String]) -> Result<Vec<(String, Fou
         found.push((session_id, state));
     }
     Ok(found)
+}
+
+// What another transaction is writing is passed by, and comes with the next.
+static WRITE: Statement = Statement::new(
+    |c| {
+        format!(
+            "WITH asked AS MATERIALIZED (
+                 SELECT session_id, at FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2))
+                                            AS asked (session_id, at)),
+                  free AS MATERIALIZED (
+                 SELECT session_id FROM {x}.claude_sessions
+                  WHERE session_id = ANY ($1) AND status <> 'released'
+                  ORDER BY session_id
+                    FOR NO KEY UPDATE SKIP LOCKED),
+                  written AS (
+                 UPDATE {x}.claude_sessions s SET heartbeat_at = GREATEST(s.heartbeat_at, asked.at)
+                   FROM free JOIN asked ON asked.session_id = free.session_id
+                  WHERE s.session_id = free.session_id
+              RETURNING s.session_id)
+             SELECT asked.session_id, w.session_id IS NOT NULL, s.session_id IS NULL
+               FROM asked
+               LEFT JOIN written w ON w.session_id = asked.session_id
+               LEFT JOIN {x}.claude_sessions s
+                 ON s.session_id = asked.session_id AND s.status <> 'released'",
+            x = c.schema
+        )
+    },
+    &[TEXTARRAYOID, TIMESTAMPTZARRAYOID],
+);
+
+/// How many heartbeats are written at once.
+const WRITE_BATCH: usize = 1000;
+
+/// What [`write_board`] wrote, to be noted once that is committed.
+#[derive(Default)]
+pub struct Written {
+    table: Option<pg_sys::Oid>,
+    written: Vec<(String, i64)>,
+    gone: Vec<String>,
+}
+
+impl Written {
+    /// Notes on the board what the table has. Returns whether there was anything.
+    pub fn note(self) -> bool {
+        let Some(table) = self.table else { return false };
+        for (session_id, at) in &self.written {
+            Place::of(table, session_id).written(*at);
+        }
+        for session_id in &self.gone {
+            Place::of(table, session_id).remove();
+        }
+        board::sweep(table);
+        !self.written.is_empty() || !self.gone.is_empty()
+    }
+}
+
+/// Writes heartbeats from the board to the table, where that is behind by half a lease.
+pub fn write_board(db: &Db<'_>) -> Result<Written> {
+    let table = db.catalog()?.sessions;
+    let lag = guc::lease_rules().stale_after / 2;
+    let unwritten =
+        board::unwritten(table, lag.num_microseconds().unwrap_or(i64::MAX), WRITE_BATCH);
+    let mut done = Written { table: Some(table), ..Written::default() };
+    if unwritten.is_empty() {
+        return Ok(done);
+    }
+    let (ids, times): (Vec<String>, Vec<i64>) = unwritten.iter().cloned().unzip();
+    let times = times
+        .into_iter()
+        .map(|at| time::to_server(time::from_microseconds(at)))
+        .collect::<Result<Vec<_>>>()?;
+    let mut rows = db.run(&WRITE, &[ids.into(), times.into()])?;
+    let mut outcome = HashMap::new();
+    while rows.next().is_some() {
+        let session_id = rows.required_text(1, "claude_sessions.session_id")?;
+        outcome.insert(session_id, (rows.flag(2)?, rows.flag(3)?));
+    }
+    for (session_id, at) in unwritten {
+        match outcome.get(&session_id) {
+            Some((true, _)) => done.written.push((session_id, at)),
+            Some((false, true)) => done.gone.push(session_id),
+            _ => {}
+        }
+    }
+    Ok(done)
+}
+
+/// Whether the board has heartbeats that the table has not.
+pub fn is_board_ahead(db: &Db<'_>) -> Result<bool> {
+    Ok(!board::unwritten(db.catalog()?.sessions, 1, 1).is_empty())
 }
 
 static NOT_OF: Statement = Statement::new(

@@ -4,6 +4,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 use pg_claims_core::age;
 use pgrx::pg_sys::BuiltinOid::{FLOAT8OID, INT4OID, INT8OID, TIMESTAMPTZOID};
 
+use super::heartbeat;
 use super::row::Row;
 use super::session;
 use super::statement::{Db, Statement, required};
@@ -125,10 +126,11 @@ static SILENT_SESSIONS: Statement = Statement::new(
         format!(
             "SELECT session_id FROM {x}.claude_sessions
               WHERE status <> 'released' AND sd_id IS NULL
-                AND {x}.lease_expires_at(heartbeat_at, silent_until, stale_after)
+                AND {x}.lease_expires_at({latest}, silent_until, stale_after)
                     <= pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $1)
               LIMIT $2 FOR NO KEY UPDATE SKIP LOCKED",
-            x = c.schema
+            x = c.schema,
+            latest = heartbeat::latest(&c.schema, ""),
         )
     },
     &[FLOAT8OID, INT4OID],

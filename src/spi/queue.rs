@@ -1,13 +1,16 @@
 //! The queue: which SD comes next for a session, and what keeps the others.
 //!
-//! A choice is made on a snapshot, so it decides nothing: the SD is locked with it, and the claim that
-//! follows looks again. Whoever finds an SD locked passes on to the next one, so that many sessions
+//! A choice is made on a snapshot, so it decides nothing: the SD is locked with it and looked at again
+//! before it is claimed, and so does the claim. Whoever finds an SD locked passes on to the next one, so that many sessions
 //! that ask at once get different SDs and none waits for another.
+
+use std::cell::RefCell;
+use std::time::{Duration, Instant};
 
 use pg_claims_core::cycle::{self, Circular};
 use pg_claims_core::listing::Entry;
 use pg_claims_core::queue::Shortage;
-use pgrx::pg_sys::BuiltinOid::{INT4OID, INT8OID, TEXTARRAYOID, TEXTOID};
+use pgrx::pg_sys::BuiltinOid::{INT8OID, TEXTARRAYOID, TEXTOID};
 
 use super::catalog::{self, Catalog};
 use super::row::Row;
@@ -20,6 +23,47 @@ const REMEMBERED: usize = 200;
 
 /// The reason that the reaper records.
 const REAPED: &str = "reaped";
+
+/// For how long a connection passes over an SD whose claim failed with an error, such as a trigger of the
+/// backlog's own: one bad SD must not keep everybody from the rest.
+const AVOIDED_FOR: Duration = Duration::from_secs(60);
+
+thread_local! {
+    static FAILED: RefCell<Vec<(String, Instant)>> = const { RefCell::new(Vec::new()) };
+}
+
+/// An SD that is being claimed from the queue. Unless that is said to have been done, it has failed with an
+/// error, which may unwind past everything.
+pub struct Attempt(Option<String>);
+
+impl Attempt {
+    /// Begins.
+    pub fn at(sd_id: &str) -> Self {
+        Self(Some(sd_id.to_owned()))
+    }
+
+    /// It did not fail.
+    pub fn done(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Attempt {
+    fn drop(&mut self) {
+        if let Some(sd_id) = self.0.take() {
+            FAILED.with_borrow_mut(|failed| failed.push((sd_id, Instant::now())));
+        }
+    }
+}
+
+/// The SDs whose claim has failed on this connection lately. They are tried again where there is nothing
+/// else.
+pub fn failed_lately() -> Vec<String> {
+    FAILED.with_borrow_mut(|failed| {
+        failed.retain(|(_, at)| at.elapsed() < AVOIDED_FOR);
+        failed.iter().map(|(sd_id, _)| sd_id.clone()).collect()
+    })
+}
 
 /// What the queue needs to know of a session.
 pub struct Caller {
@@ -125,6 +169,9 @@ fn choose(c: &Catalog, condition: &str) -> String {
 /// Chooses and locks an SD, unless there is none.
 pub fn next(db: &Db<'_>, among: Among<'_>, passed: &[String]) -> Result<Option<Choice>> {
     catalog::lock_backlog(db)?;
+    if let Some(backlog) = &db.catalog()?.backlog {
+        backlog.usable()?;
+    }
     let passed = passed.to_vec();
     let rows = match among {
         Among::All => db.run_by_index(&FROM_ALL, &[passed.into()])?,
@@ -145,36 +192,65 @@ pub fn next(db: &Db<'_>, among: Among<'_>, passed: &[String]) -> Result<Option<C
     }))
 }
 
+static AVAILABLE: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT 1 FROM {}.v_sd_queue
+              WHERE sd_id = $1 AND eligibility = 'available' AND ($2 IS NULL OR track = $2)",
+            c.schema
+        )
+    },
+    &[TEXTOID, TEXTOID],
+);
+
+/// Whether an SD can be claimed, on a snapshot that is younger than its lock.
+pub fn is_still_available(db: &Db<'_>, sd_id: &str, track: Option<&str>) -> Result<bool> {
+    Ok(!db.run_by_index(&AVAILABLE, &[sd_id.into(), track.into()])?.is_empty())
+}
+
 // Reads the last acquisitions by their primary key. That of an SD which none of them follows is its
-// latest.
+// latest. Counted are those that calls for the same track were given, whoever called, since one of them
+// was given the head of its queue; where that is too long ago to be seen, affinity has to stand back.
 static FAMILIAR: Statement = Statement::new(
     |c| {
         format!(
             "WITH recent AS MATERIALIZED (
-                 SELECT claim_id, sd_id, hostname, codebase, released_at, queue_reason
+                 SELECT claim_id, sd_id, hostname, codebase, released_at, queue_reason, queue_track
                    FROM {x}.sd_claims ORDER BY claim_id DESC LIMIT {REMEMBERED}),
              here AS MATERIALIZED (
-                 SELECT claim_id, sd_id, released_at, queue_reason FROM recent
-                  WHERE hostname = $1 AND codebase = $2)
+                 SELECT claim_id, sd_id, released_at FROM recent
+                  WHERE hostname = $1 AND codebase = $2),
+             alike AS MATERIALIZED (
+                 SELECT claim_id, queue_reason FROM recent
+                  WHERE queue_reason IS NOT NULL AND queue_track IS NOT DISTINCT FROM $3)
              SELECT ARRAY(SELECT h.sd_id FROM here h
                            WHERE h.released_at IS NOT NULL
                              AND NOT EXISTS (SELECT FROM recent r
                                               WHERE r.sd_id = h.sd_id AND r.claim_id > h.claim_id)),
-                    (SELECT pg_catalog.count(*) = $3
-                            AND pg_catalog.bool_and(l.queue_reason IS NOT DISTINCT FROM 'affinity')
-                       FROM (SELECT h.queue_reason FROM here h ORDER BY h.claim_id DESC LIMIT $3) l)",
+                    (SELECT pg_catalog.count(*) FROM alike
+                      WHERE queue_reason = 'affinity' AND claim_id > COALESCE(head.claim_id, 0)),
+                    head.claim_id IS NOT NULL
+                        OR (SELECT pg_catalog.count(*) FROM recent) < {REMEMBERED}
+               FROM (SELECT pg_catalog.max(claim_id) AS claim_id FROM alike
+                      WHERE queue_reason = 'order') head",
             x = c.schema
         )
     },
-    &[TEXTOID, TEXTOID, INT4OID],
+    &[TEXTOID, TEXTOID, TEXTOID],
 );
 
 /// The SDs on which sessions at that host and code base were the last to work. None when the last
-/// `limit` claims from there were all given for that reason: then it is the others' turn.
-pub fn familiar(db: &Db<'_>, place: &(String, String), limit: i32) -> Result<Vec<String>> {
-    let arguments = [place.0.as_str().into(), place.1.as_str().into(), limit.into()];
+/// `limit` calls for the same track were all given an SD for that reason: then it is the turn of the
+/// first in its queue.
+pub fn familiar(
+    db: &Db<'_>,
+    place: &(String, String),
+    track: Option<&str>,
+    limit: i32,
+) -> Result<Vec<String>> {
+    let arguments = [place.0.as_str().into(), place.1.as_str().into(), track.into()];
     let row = db.run(&FAMILIAR, &arguments)?.first();
-    if row.flag(2)? {
+    if row.required_bigint(2, "a count")? >= i64::from(limit) || !row.flag(3)? {
         return Ok(Vec::new());
     }
     required(row.get::<Vec<String>>(1)?, "sd_claims.sd_id")

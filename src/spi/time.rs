@@ -15,6 +15,17 @@ pub fn now() -> DateTime<Utc> {
     from_microseconds(unsafe { pg_sys::GetCurrentTimestamp() })
 }
 
+/// The same in the server's microseconds.
+pub fn to_microseconds(instant: DateTime<Utc>) -> i64 {
+    instant.timestamp_micros().saturating_sub(SERVER_EPOCH_MICROSECONDS)
+}
+
+/// Whether the transaction has written anything yet, so that it has a number.
+pub fn has_written() -> bool {
+    // SAFETY: reads this backend's transaction state.
+    unsafe { pg_sys::GetTopTransactionIdIfAny() != pg_sys::InvalidTransactionId }
+}
+
 /// Whether all statements of the transaction see one snapshot: REPEATABLE READ or SERIALIZABLE.
 pub fn has_transaction_snapshot() -> bool {
     // SAFETY: reads a variable of this backend that only changes between transactions.
@@ -34,8 +45,7 @@ pub fn from_server(timestamp: TimestampWithTimeZone) -> DateTime<Utc> {
 
 /// The same instant for the server.
 pub fn to_server(instant: DateTime<Utc>) -> Result<TimestampWithTimeZone> {
-    let microseconds = instant.timestamp_micros().saturating_sub(SERVER_EPOCH_MICROSECONDS);
-    TimestampWithTimeZone::try_from(microseconds)
+    TimestampWithTimeZone::try_from(to_microseconds(instant))
         .map_err(|_| ClaimError::Corrupt { what: "a timestamp" })
 }
 

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::session::claimed_by_another;
 use super::{Row, SessionRow, is_restoring, run, session_rows};
+use crate::board;
 use crate::error::{ClaimError, Result};
 use crate::spi::event::{self, Event, EventType};
 use crate::spi::{Db, claim, manager, session, time};
@@ -184,7 +185,11 @@ pub fn refuse_truncate_while_claimed<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> 
             return Err(ClaimError::NeedsReadCommitted { what: "truncate sessions or claims" });
         }
         match Db::connect(session::any_holder)? {
-            None => Ok(None),
+            None => {
+                // Nobody holds anything, and soon there may be no session any more.
+                board::close_all(trigger.relid()?);
+                Ok(None)
+            }
             Some(holder) => Err(ClaimError::DirectWrite {
                 code: PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
                 message: format!("cannot truncate \"{table}\" while SDs are claimed"),

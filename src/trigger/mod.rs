@@ -1,6 +1,7 @@
 //! The triggers. They keep everything that is derived from claude_sessions in step with it, for
 //! direct writes as for the functions.
 
+pub mod board;
 pub mod directive;
 pub mod guard;
 pub mod history;

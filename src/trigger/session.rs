@@ -7,6 +7,7 @@ use pgrx::prelude::*;
 use pgrx::{AllocatedByRust, PgSqlErrorCode};
 
 use super::{Row, SessionRow, is_restoring, run};
+use crate::board::Place;
 use crate::error::{ClaimError, Result};
 use crate::spi::claim::{self, Picture};
 use crate::spi::{Db, conflict, directive, time};
@@ -28,6 +29,8 @@ pub fn complete_session_write<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
             return Ok(Some(tuple.into_owned()));
         }
         let new = SessionRow::read(&tuple)?;
+        // Its row is locked: a heartbeat that comes now waits for what becomes of it.
+        Place::of(trigger.relid()?, &new.session_id).close();
         let whole = match &old {
             None => complete_insert(&new)?,
             Some(old) => complete_update(old, &new)?,

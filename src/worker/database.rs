@@ -8,6 +8,7 @@ use pgrx::pg_sys;
 use super::control::{self, Found, Kind};
 use super::process;
 use super::round::{self, Round, Stay};
+use crate::board;
 use crate::guc;
 
 /// How long the worker waits for more before it ends: long enough to spare a process for each
@@ -87,6 +88,7 @@ fn work(stay: &Stay<'_>) -> bool {
             Some(true) => slot.set_kind(Kind::Served),
             Some(false) => {
                 slot.set_kind(Kind::Other);
+                board::remove_others(None);
                 return true;
             }
             None => return false,

@@ -14,6 +14,7 @@ use pgrx::pg_sys::panic::CaughtError;
 
 use super::control::{Control, Slot};
 use super::process;
+use crate::board;
 use crate::error::{ClaimError, Result};
 use crate::guc;
 use crate::spi::claim::reap::{self, Candidate, Policy};
@@ -108,6 +109,7 @@ impl<'c> Round<'c> {
         let mut done = tend_connections(&mut self.run);
         if self.is_reaping_due() {
             self.reaped_at = Some(Instant::now());
+            done |= write_board(&mut self.run);
             done |= attend_claims(self.stay, &mut self.run);
             self.prune();
         }
@@ -149,7 +151,8 @@ impl<'c> Round<'c> {
     pub fn finish(mut self) -> Option<Duration> {
         self.record();
         let next = step(&mut self.run, c"pg_claims: planning the next visit", |db| {
-            let mut next = health::is_busy(db)?.then(reap_interval);
+            let is_busy = health::is_busy(db)? || heartbeat::is_board_ahead(db)?;
+            let mut next = is_busy.then(reap_interval);
             if let Some(interval) = manager::shortest_interval(db)? {
                 let interval = interval.to_std().unwrap_or_default();
                 next = Some(next.map_or(interval, |next| next.min(interval)));
@@ -237,6 +240,18 @@ fn release_ended_connections(run: &mut health::Run) -> bool {
         });
     }
     !ended.is_empty()
+}
+
+/// Writes heartbeats from the board to the table.
+fn write_board(run: &mut health::Run) -> bool {
+    let mut any = false;
+    // Noted only once it is committed; each step is a transaction.
+    while step(run, c"pg_claims: writing heartbeats", heartbeat::write_board)
+        .is_some_and(heartbeat::Written::note)
+    {
+        any = true;
+    }
+    any
 }
 
 /// Notes stale sessions, warns of old claims, and reaps: from where the last run was broken off, and
@@ -367,6 +382,11 @@ fn announce(slot: &Slot, run: &mut health::Run) -> bool {
 /// Removes old history, and ends sessions that nobody comes back to.
 fn tidy(slot: &Slot, run: &mut health::Run) {
     step(run, c"pg_claims: setting heartbeats right", prune::pull_back_heartbeats);
+    step(run, c"pg_claims: clearing the heartbeat board", |db| {
+        board::remove_others(Some(db.catalog()?.sessions));
+        board::remove_databases_but(&health::databases(db)?);
+        Ok(())
+    });
     if let Some(silence) = guc::session_retention() {
         until_fewer(run, c"pg_claims: ending silent sessions", |db| {
             Ok(prune::end_silent_sessions(db, silence, BATCH)? as i64)

@@ -3,6 +3,7 @@
 //! `cargo xtask demo` and `cargo xtask test` work on a fresh Debian with cargo; they install what
 //! is missing, build, and run on throw-away servers that touch nothing outside `target/`.
 
+mod bench;
 mod check;
 mod demo;
 mod interrupt;
@@ -61,6 +62,22 @@ enum Command {
         #[arg(last = true)]
         arguments: Vec<String>,
     },
+    /// Measures what the extension costs, and writes docs/benchmarks.md.
+    Bench {
+        /// The PostgreSQL to use: 15 (Debian's), 16 or 18 (from PyPI).
+        #[arg(long, default_value = "15", conflicts_with = "pg_config",
+              value_parser = setup::provided_version)]
+        pg: u16,
+        /// Any other PostgreSQL, by its pg_config; the extension is installed into it.
+        #[arg(long, value_name = "PATH")]
+        pg_config: Option<PathBuf>,
+        /// A small form that only shows that everything works.
+        #[arg(long)]
+        quick: bool,
+        /// The comparisons to run, by their numbers, separated by commas.
+        #[arg(long, value_delimiter = ',')]
+        only: Vec<u8>,
+    },
     /// Checks formatting, clippy with warnings denied, and the documentation's build.
     Check,
 }
@@ -92,6 +109,10 @@ fn run(command: Command) -> anyhow::Result<()> {
                 choices.push(Choice::Version(setup::DEBIAN_VERSION));
             }
             test::run(&layout, &choices, &arguments)
+        }
+        Command::Bench { pg, pg_config, quick, only } => {
+            let choice = pg_config.map_or(Choice::Version(pg), Choice::PgConfig);
+            bench::run(&layout, &choice, &bench::Options { quick, only })
         }
         Command::Check => check::run(&layout),
     }

@@ -16,9 +16,11 @@ use crate::setup::{self, Choice};
 /// test makes stale must stay so until the test itself does something about it: nothing is reaped in
 /// the background, and a server that has just started grants no grace. Tests of the worker and of
 /// restarts start servers of their own.
-const SETTINGS: [&str; 7] = [
+const SETTINGS: [&str; 8] = [
     "pg_claims.worker = off",
     "pg_claims.restart_grace = off",
+    // The board has tests of its own; most others look at the table.
+    "pg_claims.max_sessions = 0",
     "max_connections = 400",
     "fsync = off",
     "full_page_writes = off",

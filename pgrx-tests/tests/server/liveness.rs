@@ -98,7 +98,8 @@ fn heartbeats_fire_no_trigger() {
 #[test]
 fn heartbeats_are_hot() {
     // On a server of its own: an open transaction in any database keeps pages from being pruned.
-    let server = own_server("hot", &["fsync = off", "autovacuum = off"]);
+    let server =
+        own_server("hot", &["fsync = off", "autovacuum = off", "pg_claims.max_sessions = 0"]);
     let mut c = server.config("postgres").connect(postgres::NoTls).unwrap();
     c.batch_execute("CREATE EXTENSION pg_claims").unwrap();
     backlog(&mut c);

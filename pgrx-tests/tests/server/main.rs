@@ -7,6 +7,7 @@ mod support;
 
 mod backlog_binding;
 mod bad_input;
+mod board;
 mod catching_up;
 mod claim;
 mod conflict;

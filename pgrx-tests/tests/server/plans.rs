@@ -106,8 +106,8 @@ const CALLS: [(&str, usize); 14] = [
     ("SELECT update_session_heartbeat('session-1')", 1),
     ("SELECT release_sd('session-1')", 6),
     ("SELECT is_sd_claimed('SD-2')", 1),
-    // The queue looks at the session, chooses and locks; then as a claim, with one look.
-    ("SELECT claim_next_sd('session-1')", 7),
+    // The queue looks at the session, chooses and locks, and looks again; then as a claim, with one look.
+    ("SELECT claim_next_sd('session-1')", 8),
     ("SELECT release_sd('session-1')", 6),
     ("SELECT register_session('session-1')", 2),
     ("UPDATE strategic_directives_v2 SET status = 'completed' WHERE sd_id = 'SD-4'", 7),

@@ -177,15 +177,15 @@ fn dependencies_that_say_nothing_known_keep_an_sd_and_are_told() {
            ('null', 'low', NULL, NULL, '[null]'), ('SD-1', 'low', NULL, NULL, NULL)"#,
     );
     finish(&mut c, "SD-1");
-    assert_blocked(&mut c, "typo", "waits for no such SD, which the backlog does not have");
+    assert_blocked(&mut c, "typo", "waits for \"no such SD\", which the backlog does not have");
     assert_blocked(&mut c, "scalar", r#"its dependencies are not a list of keys: "SD-1""#);
     assert_blocked(&mut c, "object", r#"its dependencies are not a list of keys: {"on": "SD-1"}"#);
     assert_blocked(
         &mut c,
         "nested",
-        r#"waits for {"on": "SD-1"}, which the backlog does not have"#,
+        r#"waits for "{"on": "SD-1"}", which the backlog does not have"#,
     );
-    assert_blocked(&mut c, "null", "waits for null, which the backlog does not have");
+    assert_blocked(&mut c, "null", "waits for null, which is no key");
     let answer = next(&mut c, "s1");
     assert_eq!(answer["blocked_by_dependency"], 5, "{answer}");
 }
@@ -324,8 +324,8 @@ fn what_a_session_lost_to_the_reaper_comes_first() {
     release(&mut c, "s1");
     // What an operator took away does not come first either.
     granted(&mut c, "SD-1", "s1");
-    json(&mut c, "SELECT takeover_sd('SD-1', 's2', 'mine')", &[]);
-    release(&mut c, "s2");
+    c.batch_execute("UPDATE claude_sessions SET sd_id = NULL WHERE session_id = 's1'").unwrap();
+    assert!(beat(&mut c, "s1")["lost_claim"].is_object());
     assert_eq!(given(&mut c, "s1"), "SD-2");
     release(&mut c, "s1");
     // Nor what keeps it from being claimed now, nor one of another track.
@@ -432,10 +432,12 @@ fn fifty_at_once_get_fifty_and_none_waits_for_another() {
                     // Nobody commits until everybody has an answer: a wait would never end.
                     client.batch_execute("SET lock_timeout = '10s'; BEGIN").unwrap();
                     start.wait();
-                    let answer = next(&mut client, &session);
-                    assert_eq!(answer["success"], true, "{answer}");
+                    let answer = client.query_one("SELECT claim_next_sd($1)", &[&session]);
+                    // Also for one that failed, or the others would wait for it for ever.
                     start.wait();
                     client.batch_execute("COMMIT").unwrap();
+                    let answer: Value = answer.unwrap().get(0);
+                    assert_eq!(answer["success"], true, "{answer}");
                     answer["sd_id"].as_str().unwrap().to_owned()
                 })
             })
@@ -627,7 +629,7 @@ fn a_bound_backlog_has_the_same_queue() {
     c.batch_execute("ALTER TYPE product.state ADD VALUE 'DEFERRED'").unwrap();
     c.batch_execute("UPDATE product.items SET state = 'DEFERRED' WHERE legacy = 'L-3'").unwrap();
     assert_eq!(given(&mut c, "s2"), l4);
-    let indexes = "SELECT indexdef FROM pg_indexes WHERE tablename = 'items' AND indexname LIKE 'pg_claims_%_queue'";
+    let indexes = "SELECT indexdef FROM pg_indexes WHERE tablename = 'items' AND indexname LIKE 'pg_claims_queue_%'";
     assert_eq!(texts(&mut c, indexes).len(), 1);
     assert_in_step(&mut c);
     release(&mut c, "s1");
@@ -635,4 +637,198 @@ fn a_bound_backlog_has_the_same_queue() {
     c.batch_execute("SELECT unbind_directives()").unwrap();
     assert_eq!(texts(&mut c, indexes).len(), 0);
     assert_eq!(given(&mut c, "s3"), "SD-1");
+}
+
+#[test]
+fn one_sd_that_cannot_be_written_does_not_keep_the_rest() {
+    let (_db, mut c) =
+        with_backlog("('bad', 'critical', NULL, NULL, NULL), ('SD-1', 'low', NULL, NULL, NULL)");
+    c.batch_execute(
+        "UPDATE strategic_directives_v2 SET title = NULL WHERE sd_id = 'bad';
+         ALTER TABLE strategic_directives_v2 ADD CONSTRAINT titled CHECK (title IS NOT NULL) NOT VALID",
+    )
+    .unwrap();
+    let error = c.query("SELECT claim_next_sd('s1')", &[]).unwrap_err();
+    assert_eq!(sqlstate(&error), "23514");
+    assert_eq!(given(&mut c, "s1"), "SD-1");
+    // Where there is nothing else it is tried again.
+    let error = c.query("SELECT claim_next_sd('s2')", &[]).unwrap_err();
+    assert_eq!(sqlstate(&error), "23514");
+}
+
+#[test]
+fn a_held_sd_that_the_backlog_has_lost_is_told_and_not_looked_for_for_ever() {
+    let (_db, mut c) =
+        with_backlog("('SD-1', 'low', NULL, NULL, NULL), ('SD-2', 'low', NULL, NULL, NULL)");
+    granted(&mut c, "SD-1", "s1");
+    c.batch_execute(
+        "SET session_replication_role = replica; DELETE FROM strategic_directives_v2 WHERE sd_id = 'SD-1';
+         RESET session_replication_role; SET statement_timeout = '5s'",
+    )
+    .unwrap();
+    assert_eq!(next(&mut c, "s1")["error"], "sd_not_found");
+}
+
+#[test]
+fn affinity_of_many_places_tracks_and_claims_by_name_starves_nothing_either() {
+    let (_db, mut c) = with_backlog(
+        "('head', 'critical', NULL, 'A', NULL), ('named', 'low', NULL, 'A', NULL), ('FA', 'low', NULL, 'A', NULL),
+         ('FB', 'low', NULL, 'B', NULL)",
+    );
+    c.batch_execute(
+        "INSERT INTO strategic_directives_v2 (sd_id, priority, track)
+         SELECT 'own-' || n, 'low', 'A' FROM generate_series(1, 10) n",
+    )
+    .unwrap();
+    for n in 1..=10 {
+        let session = format!("p{n}");
+        register_at(&mut c, &session, &session);
+        granted(&mut c, &format!("own-{n}"), &session);
+        release(&mut c, &session);
+    }
+    // Many places: four calls in all.
+    let mut reasons = Vec::new();
+    for n in 1..=4 {
+        let answer = next(&mut c, &format!("p{n}"));
+        reasons.push(answer["queue_reason"].as_str().unwrap().to_owned());
+        release(&mut c, &format!("p{n}"));
+    }
+    assert_eq!(reasons, ["affinity", "affinity", "affinity", "order"]);
+    // Two tracks at one place: each has its own turns. Claims by name are none.
+    register_at(&mut c, "x", "x");
+    register_at(&mut c, "y", "x");
+    for sd in ["FA", "FB"] {
+        granted(&mut c, sd, "x");
+        release(&mut c, "x");
+    }
+    let mut given = Vec::new();
+    for _ in 0..4 {
+        for (session, track) in [("x", "A"), ("x", "A"), ("y", "B")] {
+            let answer = json(&mut c, "SELECT claim_next_sd($1, $2)", &[&session, &track]);
+            given.push(answer["sd_id"].as_str().unwrap().to_owned());
+            release(&mut c, session);
+        }
+        granted(&mut c, "named", "p1");
+        release(&mut c, "p1");
+    }
+    let of_track_a = ["FA", "FA", "FA", "head", "head", "FA", "FA", "FA"];
+    let of_a: Vec<_> = given.iter().filter(|sd| *sd != "FB").collect();
+    assert_eq!(of_a[..4], of_track_a[..4], "{given:?}");
+}
+
+#[test]
+fn the_queue_waits_for_nobody_s_conflict_heartbeat_or_completion() {
+    let (db, mut c) = with_backlog(
+        "('SD-1', 'high', 1, NULL, NULL), ('SD-2', 'high', 2, NULL, NULL), ('SD-3', 'high', 3, NULL, NULL)",
+    );
+    json(&mut c, "SELECT declare_conflict('SD-1', 'SD-2', 'files')", &[]);
+    let mut other = db.connect();
+    other.batch_execute("SET lock_timeout = '1ms'").unwrap();
+    c.batch_execute("BEGIN").unwrap();
+    assert_eq!(given(&mut c, "s1"), "SD-1");
+    assert_eq!(given(&mut other, "s2"), "SD-3");
+    c.batch_execute("ROLLBACK").unwrap();
+    release(&mut other, "s2");
+    // A stale owner that is writing its own row is alive after all.
+    granted(&mut c, "SD-3", "s1");
+    age_heartbeat(&mut c, "s1", "1 hour");
+    c.batch_execute("BEGIN").unwrap();
+    assert_eq!(beat(&mut c, "s1")["success"], true);
+    for sd in ["SD-1", "SD-2"] {
+        finish(&mut other, sd);
+    }
+    assert_eq!(next(&mut other, "s2")["error"], "queue_empty");
+    c.batch_execute("UPDATE strategic_directives_v2 SET status = 'completed' WHERE sd_id = 'SD-3'")
+        .unwrap();
+    c.batch_execute("COMMIT").unwrap();
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn what_nobody_holds_has_no_ages() {
+    let (_db, mut c) = coordinated();
+    let ages = "SELECT concat(claim_minutes, heartbeat_age_seconds, heartbeat_age_human, heartbeat_color, claimed_by)
+                  FROM v_sd_next WHERE sd_id = 'SD-1'";
+    assert_eq!(value(&mut c, ages).as_deref(), Some(""));
+    let ages = "SELECT concat(claim_duration_minutes, progress_age_seconds) FROM v_active_sessions WHERE session_id = 's1'";
+    assert_eq!(value(&mut c, ages).as_deref(), Some(""));
+}
+
+#[test]
+fn a_lost_sd_of_another_track_is_not_given() {
+    let (_db, mut c) =
+        with_backlog("('SD-1', 'high', NULL, 'A', NULL), ('SD-2', 'low', NULL, 'B', NULL)");
+    granted(&mut c, "SD-1", "s1");
+    age_heartbeat(&mut c, "s1", "1 hour");
+    json(&mut c, "SELECT cleanup_stale_sessions()", &[]);
+    assert_eq!(json(&mut c, "SELECT claim_next_sd('s1', 'B')", &[])["sd_id"], "SD-2");
+}
+
+#[test]
+fn odd_tables_are_bound_and_odd_rows_keep_nobody_from_the_rest() {
+    let (_db, mut c) = coordinated();
+    c.batch_execute(
+        r#"CREATE TYPE state AS ENUM ('open', 'Completed');
+           CREATE DOMAIN a_state AS state;
+           CREATE TABLE odd (id text PRIMARY KEY, queue integer UNIQUE, parent uuid UNIQUE, status a_state,
+                             title text COLLATE "C", dependencies json, created_at date, parent_sd_id text);
+           INSERT INTO odd (id, queue, status, dependencies, created_at, parent_sd_id) VALUES
+               ('nul', 1, 'open', '["\u0000"]', '5874897-01-01', NULL), ('half', 2, 'open', '["\ud800"]', '-infinity', NULL),
+               ('huge', 3, 'open', '[1e999999]', 'infinity', NULL), ('fine', 4, NULL, '["done"]', '2026-01-01', repeat('x', 100000)),
+               ('done', 5, 'Completed', NULL, NULL, NULL), ('1', 6, 'Completed', NULL, NULL, NULL), ('part', 7, 'open', NULL, NULL, '1');
+           SELECT bind_directives('odd', '{id,queue,parent}')"#,
+    )
+    .unwrap();
+    assert_eq!(given(&mut c, "s1"), "fine");
+    assert_blocked(&mut c, "huge", "waits for \"1e+999999\", which the backlog does not have");
+    assert_eq!(queue(&mut c), ["half", "fine", "huge", "nul", "part"]);
+    // '1' is the id of one and the number of another: the part is one of the former's.
+    assert_eq!(
+        texts(&mut c, "SELECT sd_id FROM v_sd_blockers WHERE kind = 'child'"),
+        Vec::<String>::new()
+    );
+    // A value that is called otherwise meanwhile.
+    c.batch_execute("ALTER TYPE state RENAME VALUE 'Completed' TO 'archived'").unwrap();
+    assert_eq!(given(&mut c, "s2"), "part");
+    assert_eq!(claim(&mut c, "fine", "s3")["error"], "already_claimed");
+    c.batch_execute("CREATE TABLE c (id text COLLATE \"C\" PRIMARY KEY); CREATE TABLE v (id text PRIMARY KEY, dependencies varchar(20)[])").unwrap();
+    let error = c.batch_execute("SELECT bind_directives('c', '{id}')").unwrap_err();
+    assert_eq!(sqlstate(&error), "42804");
+    for session in ["s1", "s2"] {
+        release(&mut c, session);
+    }
+    c.batch_execute("SELECT bind_directives('v', '{id}')").unwrap();
+}
+
+#[test]
+fn an_owner_s_code_never_runs_with_the_extension_s_rights() {
+    let (db, mut c) = coordinated();
+    let owner = db.role("owner");
+    json(&mut c, "SELECT grant_coordination($1, 'operator')", &[&owner]);
+    c.batch_execute(&format!("CREATE SCHEMA theirs AUTHORIZATION {owner}")).unwrap();
+    let mut o = db.connect_as(&owner);
+    o.batch_execute(
+        "CREATE TABLE theirs.t (id text PRIMARY KEY, status text, n integer);
+         INSERT INTO theirs.t VALUES ('T-1', 'open', 1);
+         CREATE TABLE theirs.seen (who text);
+         CREATE FUNCTION theirs.note() RETURNS integer LANGUAGE plpgsql AS
+         $$ BEGIN INSERT INTO theirs.seen VALUES (current_user); RETURN 1; END $$;
+         CREATE FUNCTION theirs.f(integer) RETURNS integer LANGUAGE plpgsql IMMUTABLE AS
+         $$ BEGIN RETURN (SELECT theirs.note()); END $$;
+         SELECT bind_directives('theirs.t', '{id}');
+         CREATE INDEX hostile ON theirs.t ((n + theirs.f(1)));
+         DELETE FROM theirs.seen",
+    )
+    .unwrap();
+    register(&mut o, "mine");
+    for call in
+        ["claim_next_sd('mine')", "claim_sd('T-1', 'mine')", "bind_directives('theirs.t', '{id}')"]
+    {
+        let error = o.query(&format!("SELECT {call}"), &[]).unwrap_err();
+        assert_eq!(sqlstate(&error), "42501", "{call}");
+    }
+    let strangers = format!("SELECT count(*) FROM theirs.seen WHERE who <> '{owner}'");
+    assert_eq!(count(&mut c, &strangers), 0);
+    o.batch_execute("DROP INDEX theirs.hostile").unwrap();
+    assert_eq!(next(&mut o, "mine")["sd_id"], "T-1");
 }

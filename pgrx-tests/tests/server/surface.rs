@@ -13,19 +13,23 @@ function cleanup_stale_sessions(integer,integer)
 function complete_session_write()
 function declare_conflict(text,text,text,text)
 function dependency_cycles()
+function dependency_keys(text)
 function end_session(text,text)
 function extend_lease(text,interval,bigint)
 function force_heartbeat(text)
+function forget_heartbeat()
 function get_heartbeat_stats()
 function grant_coordination(text,text)
 function guard_table(regclass,name)
 function heartbeat_age_human(timestamp with time zone,timestamp with time zone)
+function heartbeat_board()
 function heartbeat_sessions(text[])
 function hold_sd(text,text)
 function is_claim_live(timestamp with time zone,timestamp with time zone,interval,timestamp with time zone,bigint)
 function is_heartbeat_active()
 function is_sd_claimed(text,text)
 function keep_directive_mirror()
+function latest_heartbeat(oid,text,timestamp with time zone)
 function lease_expires_at(timestamp with time zone,timestamp with time zone,interval,timestamp with time zone)
 function lifecycle_events_since(bigint,integer)
 function protect_open_claim()
@@ -111,6 +115,8 @@ index sd_conflict_matrix_open_b_idx
 index strategic_directives_v2_parent_idx
 index strategic_directives_v2_queue_idx
 trigger claude_sessions_complete_trigger on claude_sessions
+trigger claude_sessions_deleted_trigger on claude_sessions
+trigger claude_sessions_set_back_trigger on claude_sessions
 trigger claude_sessions_truncate_trigger on claude_sessions
 trigger directive_binding_trigger on directive_binding
 trigger pg_claims_deleted on strategic_directives_v2
@@ -189,8 +195,12 @@ fn everything_has_a_comment_and_functions_pin_their_search_path() {
     let touch_no_table = [
         "check_guarded_write",
         "claim_reclaimable_at",
+        "dependency_keys",
+        "forget_heartbeat",
         "heartbeat_age_human",
+        "heartbeat_board",
         "is_claim_live",
+        "latest_heartbeat",
         "lease_expires_at",
         "refuse_guarded_truncate",
         // Reads views, with the rights of whoever reads.

@@ -9,7 +9,7 @@
 
 use chrono::{DateTime, Utc};
 use pg_claims_core::outcome::{Claimed, Owner, TookOver};
-use pg_claims_core::queue::QueueReason;
+use pg_claims_core::queue::Queued;
 use pg_claims_core::refusal::Refusal;
 use pgrx::pg_sys::BuiltinOid::{BOOLOID, INT8OID, TEXTOID, TIMESTAMPTZOID};
 
@@ -17,6 +17,7 @@ use super::history;
 use super::picture::{self, Picture};
 use super::reap;
 use super::{Ending, Granting};
+use crate::board::Place;
 use crate::error::{ClaimError, Result};
 use crate::guc;
 use crate::spi::session::Session;
@@ -61,9 +62,10 @@ pub struct Request<'a> {
     pub track: Option<&'a str>,
     /// The reason for taking the SD also from a live session.
     pub force: Option<&'a str>,
-    /// Why the queue has chosen it. Then `sd_id` is the canonical one and this transaction has locked
-    /// the SD. What the session holds already is not given up for it, but is the answer.
-    pub queued: Option<QueueReason>,
+    /// How the queue has chosen it. Then `sd_id` is the canonical one and this transaction has locked
+    /// the SD. What the session holds already is not given up for it, but is the answer; and nobody is
+    /// waited for, as there are others to be had.
+    pub queued: Option<Queued<'a>>,
 }
 
 /// Gives the SD to the session, or says why not. `may_act_for` checks the caller's right to the session.
@@ -105,8 +107,10 @@ pub fn acquire(
                 concerned.extend(gives_up.as_ref().map(|(given_up, _)| given_up.clone()));
                 let is_locked = concerned.iter().all(|sd_id| locked.contains(sd_id));
                 if has_conflicts {
-                    if is_locked {
+                    if is_locked && queued.is_none() {
                         conflict::enter(db, &sd_id)?;
+                    } else if is_locked && !conflict::try_enter(db, &sd_id)? {
+                        return Ok(Err(Refusal::SdBusy { sd_id }));
                     }
                     // Before anything is locked as well: so a refusal writes nothing.
                     if let Some(conflict) = conflict::live_opponent(db, &sd_id, session_id)? {
@@ -120,6 +124,12 @@ pub fn acquire(
                     locked.extend(gives_up.map(|(given_up, _)| given_up));
                     continue;
                 }
+                // A stale owner whose row somebody is writing may be beating this very moment.
+                if let Some(owner) = loser.as_ref().filter(|_| queued.is_some())
+                    && !try_hold_session(db, &owner.session_id, owner.claim_id)?
+                {
+                    return Ok(Err(Refusal::SdBusy { sd_id }));
+                }
                 let request = Request { sd_id: &sd_id, ..request };
                 if let Some(claimed) = take(db, request, gives_up, loser)? {
                     return Ok(Ok(claimed));
@@ -127,7 +137,12 @@ pub fn acquire(
             }
         }
     }
-    Err(ClaimError::Unsettled { sd_id: sd_id.to_owned() })
+    let sd_id = sd_id.to_owned();
+    if queued.is_some() {
+        Ok(Err(Refusal::SdBusy { sd_id }))
+    } else {
+        Err(ClaimError::Unsettled { sd_id })
+    }
 }
 
 fn judge(
@@ -266,6 +281,22 @@ fn hold_session(db: &Db<'_>, session_id: &str, held: Option<i64>) -> Result<bool
     Ok(db.first_row(&HOLD_SESSION, &[session_id.into(), held.into()])?.is_some())
 }
 
+static TRY_HOLD_SESSION: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT 1 FROM {}.claude_sessions WHERE session_id = $1 AND claim_id = $2
+                FOR NO KEY UPDATE SKIP LOCKED",
+            c.schema
+        )
+    },
+    &[TEXTOID, INT8OID],
+);
+
+/// Locks a session that holds `claim_id`, unless somebody else is writing it.
+fn try_hold_session(db: &Db<'_>, session_id: &str, claim_id: i64) -> Result<bool> {
+    Ok(db.first_row(&TRY_HOLD_SESSION, &[session_id.into(), claim_id.into()])?.is_some())
+}
+
 // Waits for a heartbeat that is being written, then compares against the row as that left it: a
 // heartbeat that was committed first wins.
 static EXPIRE: Statement = Statement::new(
@@ -297,6 +328,7 @@ fn expire(db: &Db<'_>, owner: &Owner, in_favour_of: &str, force: Option<&str>) -
         force.is_some().into(),
     ];
     let _ending = Ending::new();
+    Place::of(db.catalog()?.sessions, &owner.session_id).close();
     Ok(db.first_row(&EXPIRE, &arguments)?.is_some())
 }
 

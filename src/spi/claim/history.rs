@@ -4,7 +4,7 @@ use std::cell::Cell;
 
 use chrono::{DateTime, Utc};
 use pg_claims_core::outcome::LostClaim;
-use pg_claims_core::queue::QueueReason;
+use pg_claims_core::queue::Queued;
 use pgrx::pg_sys::BuiltinOid::{INT8OID, TEXTOID, TIMESTAMPTZOID};
 
 use crate::error::Result;
@@ -44,16 +44,17 @@ static OPEN: Statement = Statement::new(
     |c| {
         format!(
             "INSERT INTO {x}.sd_claims
-                    (sd_id, session_id, track, hostname, codebase, took_over_claim_id, queue_reason)
+                    (sd_id, session_id, track, hostname, codebase, took_over_claim_id, queue_reason,
+                     queue_track)
              VALUES ($1, $2, $3,
                      (SELECT hostname FROM {x}.claude_sessions WHERE session_id = $2),
-                     (SELECT codebase FROM {x}.claude_sessions WHERE session_id = $2), $4, $5)
+                     (SELECT codebase FROM {x}.claude_sessions WHERE session_id = $2), $4, $5, $6)
              ON CONFLICT (sd_id) WHERE released_at IS NULL DO NOTHING
           RETURNING claim_id, claimed_at",
             x = c.schema
         )
     },
-    &[TEXTOID, TEXTOID, TEXTOID, INT8OID, TEXTOID],
+    &[TEXTOID, TEXTOID, TEXTOID, INT8OID, TEXTOID, TEXTOID],
 );
 
 /// Opens an acquisition: its fencing token and its time. `None` when another one is open.
@@ -63,7 +64,7 @@ pub fn open(
     session_id: &str,
     track: Option<&str>,
     took_over: Option<i64>,
-    queue_reason: Option<QueueReason>,
+    queued: Option<Queued<'_>>,
 ) -> Result<Option<(i64, DateTime<Utc>)>> {
     let _opening = Opening::new();
     let arguments = [
@@ -71,7 +72,8 @@ pub fn open(
         session_id.into(),
         track.into(),
         took_over.into(),
-        queue_reason.map(QueueReason::as_str).into(),
+        queued.map(|queued| queued.reason.as_str()).into(),
+        queued.and_then(|queued| queued.track).into(),
     ];
     let Some(row) = db.first_row(&OPEN, &arguments)? else {
         return Ok(None);

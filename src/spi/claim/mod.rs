@@ -11,6 +11,8 @@ pub use picture::{Picture, Sd, look};
 
 use std::cell::Cell;
 
+use crate::spi::heartbeat;
+
 thread_local! {
     /// The acquisition that is being given to its session by this backend right now.
     static GRANTING: Cell<Option<i64>> = const { Cell::new(None) };
@@ -44,7 +46,8 @@ impl Drop for Ending {
 
 /// From when on a row of claude_sessions may lose its claim to another session or to the reaper.
 fn reclaimable_at(schema: &str) -> String {
-    format!("{schema}.claim_reclaimable_at(heartbeat_at, silent_until, stale_after, claimed_at)")
+    let latest = heartbeat::latest(schema, "");
+    format!("{schema}.claim_reclaimable_at({latest}, silent_until, stale_after, claimed_at)")
 }
 
 /// Whether `claim_id` was opened by this extension for the row that is being written. The trigger

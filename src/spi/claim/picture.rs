@@ -53,7 +53,7 @@ static PICTURE: Statement = Statement::new(
             "SELECT s.session_id, s.status, s.owner_role::oid, s.sd_id, s.claim_id,
                     s.claimed_at, s.track,
                     d.sd_id, d.status, d.is_terminal,
-                    o.session_id, o.heartbeat_at, o.silent_until, o.stale_after, o.claimed_at,
+                    o.session_id, {latest}, o.silent_until, o.stale_after, o.claimed_at,
                     o.hostname, o.tty, o.codebase, o.track, o.claim_id, o.progress_at,
                     o.progress_note, h.reason, h.held_by::text, h.held_at,
                     EXISTS (SELECT FROM {x}.sd_conflict_matrix m
@@ -69,6 +69,7 @@ static PICTURE: Statement = Statement::new(
                LEFT JOIN {x}.claude_sessions o
                  ON o.sd_id = d.sd_id AND o.sd_id IS NOT NULL AND o.status = 'active'",
             x = c.schema,
+            latest = heartbeat::latest(&c.schema, "o."),
             resolve = directive::resolve(c.backlog.as_ref(), "$2"),
         )
     },

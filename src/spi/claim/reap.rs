@@ -11,13 +11,14 @@ use pg_claims_core::age;
 use pgrx::pg_sys::BuiltinOid::{FLOAT8OID, INT4OID, INT8OID, TEXTOID};
 use serde_json::json;
 
+use crate::board::Place;
 use crate::error::Result;
 use crate::guc;
 use crate::spi::catalog::Catalog;
 use crate::spi::event::{self, Event, EventType};
 use crate::spi::row::Row;
 use crate::spi::statement::{Db, Statement};
-use crate::spi::{directive, guard};
+use crate::spi::{directive, guard, heartbeat};
 
 /// When four fifths of the greatest age have passed, the audit warns.
 const WARN_AT: f64 = 0.8;
@@ -64,9 +65,9 @@ static SCAN: Statement = Statement::new(
                                                  false)) AS is_due,
                             COALESCE(claimed_at <= now - pg_catalog.make_interval(secs => $3), false)
                                 AND age_warned_for IS DISTINCT FROM claim_id AS is_ageing
-                       FROM (SELECT session_id, sd_id, claim_id, heartbeat_at, claimed_at,
-                                    stale_noted_for, age_warned_for,
-                                    {x}.lease_expires_at(heartbeat_at, silent_until, stale_after,
+                       FROM (SELECT session_id, sd_id, claim_id, {latest} AS heartbeat_at,
+                                    claimed_at, stale_noted_for, age_warned_for,
+                                    {x}.lease_expires_at({latest}, silent_until, stale_after,
                                                          claimed_at) AS stale_at,
                                     {reclaimable_at} AS reclaimable_at,
                                     pg_catalog.clock_timestamp() AS now
@@ -76,6 +77,7 @@ static SCAN: Statement = Statement::new(
               WHERE is_ahead OR is_unnoted OR is_due OR is_ageing
               ORDER BY claim_id LIMIT $4",
             x = c.schema,
+            latest = heartbeat::latest(&c.schema, ""),
             reclaimable_at = super::reclaimable_at(&c.schema),
         )
     },
@@ -161,7 +163,7 @@ static REAP: Statement = Statement::new(
                    FROM {x}.claude_sessions
                   WHERE session_id = $1 AND claim_id = $2
                     AND {reclaimable_at} <= pg_catalog.clock_timestamp()
-                    AND (heartbeat_at <= pg_catalog.clock_timestamp()
+                    AND ({latest} <= pg_catalog.clock_timestamp()
                                          - pg_catalog.make_interval(secs => $3)
                          OR COALESCE(claimed_at <= pg_catalog.clock_timestamp()
                                                    - pg_catalog.make_interval(secs => $4), false))
@@ -171,13 +173,15 @@ static REAP: Statement = Statement::new(
                     status = 'idle', silent_until = NULL,
                     lost_claim_id = s.claim_id, lost_to = NULL, released_at = due.now,
                     release_reason =
-                        CASE WHEN {x}.lease_expires_at(s.heartbeat_at, s.silent_until, s.stale_after)
+                        CASE WHEN {x}.lease_expires_at({latest_of_s}, s.silent_until, s.stale_after)
                                   <= due.now
                              THEN 'reaped' ELSE 'max_claim_age' END,
                     updated_at = due.now
                FROM due WHERE s.session_id = due.session_id
           RETURNING 1",
             x = c.schema,
+            latest = heartbeat::latest(&c.schema, ""),
+            latest_of_s = heartbeat::latest(&c.schema, "s."),
             reclaimable_at = super::reclaimable_at(&c.schema),
         )
     },
@@ -193,6 +197,7 @@ fn reap(db: &Db<'_>, candidate: &Candidate, policy: Policy) -> Result<bool> {
     {
         return Ok(false);
     }
+    Place::of(db.catalog()?.sessions, &candidate.session_id).close();
     let _reaping = Reaping::new(candidate.claim_id);
     let _ending = super::Ending::new();
     let arguments = [
@@ -205,34 +210,40 @@ fn reap(db: &Db<'_>, candidate: &Candidate, policy: Policy) -> Result<bool> {
 }
 
 /// Remembers in `noted` that the audit has told of `value`, once, and while `condition` holds.
-fn note_once(c: &Catalog, noted: &str, value: &str, condition: &str) -> String {
+fn note_once(c: &Catalog, noted: &str, value: impl Fn(&str) -> String, condition: &str) -> String {
     format!(
         "WITH found AS MATERIALIZED (
              SELECT session_id FROM {x}.claude_sessions
               WHERE session_id = $1 AND claim_id = $2
                 AND {noted} IS DISTINCT FROM {value} AND {condition}
                 FOR NO KEY UPDATE SKIP LOCKED)
-         UPDATE {x}.claude_sessions s SET {noted} = s.{value}
+         UPDATE {x}.claude_sessions s SET {noted} = {value_of_s}
            FROM found WHERE s.session_id = found.session_id
       RETURNING 1",
-        x = c.schema
+        x = c.schema,
+        value = value(""),
+        value_of_s = value("s."),
     )
 }
 
 static NOTE_STALE: Statement = Statement::new(
     |c| {
         let is_stale = format!(
-            "{}.lease_expires_at(heartbeat_at, silent_until, stale_after, claimed_at)
+            "{}.lease_expires_at({}, silent_until, stale_after, claimed_at)
                  <= pg_catalog.clock_timestamp()",
-            c.schema
+            c.schema,
+            heartbeat::latest(&c.schema, ""),
         );
-        note_once(c, "stale_noted_for", "heartbeat_at", &is_stale)
+        let latest = |prefix: &str| heartbeat::latest(&c.schema, prefix);
+        note_once(c, "stale_noted_for", latest, &is_stale)
     },
     &[TEXTOID, INT8OID],
 );
 
-static NOTE_AGE: Statement =
-    Statement::new(|c| note_once(c, "age_warned_for", "claim_id", "true"), &[TEXTOID, INT8OID]);
+static NOTE_AGE: Statement = Statement::new(
+    |c| note_once(c, "age_warned_for", |prefix| format!("{prefix}claim_id"), "true"),
+    &[TEXTOID, INT8OID],
+);
 
 /// Tells the audit once.
 fn note(
@@ -277,6 +288,7 @@ static PULL_BACK: Statement = Statement::new(
 /// A heartbeat in the future would keep its session alive until then: it counts as given now, so
 /// that the session has one full lease from here.
 pub fn pull_back(db: &Db<'_>, session_id: &str) -> Result<()> {
+    Place::of(db.catalog()?.sessions, session_id).remove();
     db.run(&PULL_BACK, &[session_id.into()])?;
     Ok(())
 }

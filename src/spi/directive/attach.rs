@@ -55,10 +55,7 @@ fn view_of(b: &Backlog, schema: &str) -> String {
             |name| format!("{}::{sql_type}", quoted("b.", name)),
         )
     };
-    let dependencies = c.dependencies.as_ref().map_or_else(
-        || "NULL::jsonb".into(),
-        |name| format!("pg_catalog.to_jsonb({})", quoted("b.", name)),
-    );
+    let dependencies = b.dependencies(schema);
     // A backlog that lacks a mirror column shows the claims themselves.
     let holder = format!(
         "(SELECT s.session_id FROM {schema}.claude_sessions s
@@ -90,7 +87,7 @@ fn view_of(b: &Backlog, schema: &str) -> String {
         created_at = order.created_at,
         priority_order = order.priority,
         parent = b.text(&c.parent),
-        is_terminal = b.is_terminal(),
+        is_terminal = b.is_terminal_in_view(),
         table = b.from,
     )
 }
@@ -109,7 +106,7 @@ pub fn attach_triggers(db: &Db<'_>, backlog: &Backlog, schema: &str) -> Result<(
     // WHEN, not a column list: a BEFORE trigger of the user's may change a column that the
     // statement does not name.
     let mut watched = vec![(c.canonical("OLD."), c.canonical("NEW."))];
-    watched.extend(c.status.iter().map(|status| old_and_new(status)));
+    watched.extend(backlog.status_value("OLD.").zip(backlog.status_value("NEW.")));
     let changed = format!("ROW WHEN ({})", differ(&watched));
     create(finished, "AFTER UPDATE", &changed, "release_finished_directive")?;
     create(deleted, "AFTER DELETE", "ROW", "release_finished_directive")?;

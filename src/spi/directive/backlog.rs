@@ -4,6 +4,7 @@ use std::ffi::CString;
 
 use pgrx::pg_sys;
 
+use super::code;
 use super::column_type::{ColumnType, NO_ORDER};
 use super::columns::{Columns, quoted};
 use crate::error::{ClaimError, Result};
@@ -29,6 +30,8 @@ pub struct Backlog {
     types: Vec<ColumnType>,
     /// A column that the table does not have (any more).
     missing: Option<String>,
+    /// What of its owner's code planning a statement on it would run.
+    untrusted: Option<String>,
     /// Its deferrable constraints, as SET CONSTRAINTS names them, and whether each is deferred unless
     /// told otherwise.
     pub deferrable: Vec<(String, bool)>,
@@ -76,12 +79,20 @@ impl Backlog {
             columns,
             types,
             missing,
+            untrusted: code::untrusted(db, table_oid)?,
             deferrable,
         })
     }
 
-    /// The backlog, unless a column that it was bound with has been renamed since.
+    /// The backlog, unless a column that it was bound with has been renamed since, or reading it would run
+    /// its owner's code with the extension's rights.
     pub fn usable(&self) -> Result<&Self> {
+        if let Some(code) = &self.untrusted {
+            return Err(ClaimError::UntrustedCode {
+                table: self.table.clone(),
+                code: code.clone(),
+            });
+        }
         match &self.missing {
             None => Ok(self),
             Some(column) => {
@@ -111,15 +122,26 @@ impl Backlog {
         self.text(&self.columns.status)
     }
 
-    /// Whether an SD is finished. Of an enum the server is told twice: in a form that an index can hold,
-    /// and by the values' names, which may come to be or change.
+    /// An SD's status in a form that can be compared with itself.
+    pub fn status_value(&self, prefix: &str) -> Option<String> {
+        self.type_of(&self.columns.status).map(|status| status.base(prefix))
+    }
+
+    /// Whether an SD is finished, by what its status is called.
     pub fn is_terminal(&self) -> String {
-        let Some(status) = self.type_of(&self.columns.status) else {
-            return "false".into();
-        };
-        let words = self.terminal_words();
-        let by_name = status.is_one_of("b.", &words);
-        match status.is_indexed_one_of("b.", &words) {
+        self.type_of(&self.columns.status)
+            .map_or_else(|| "false".into(), |status| status.is_one_of("b.", &self.terminal_words()))
+    }
+
+    /// The same for a view, whose text the server keeps. Of an enum it is told twice: also by the values
+    /// themselves, which is the form that an index can hold. A statement's text must not name them, as
+    /// they may be called otherwise by the time that it is prepared.
+    pub fn is_terminal_in_view(&self) -> String {
+        let by_name = self.is_terminal();
+        let by_value = self
+            .type_of(&self.columns.status)
+            .and_then(|status| status.is_indexed_one_of("b.", &self.terminal_words()));
+        match by_value {
             Some(by_value) if by_value != by_name => format!("({by_value} OR {by_name})"),
             _ => by_name,
         }
@@ -155,6 +177,14 @@ impl Backlog {
             created_at: self
                 .type_of(&c.created_at)
                 .map_or_else(|| "NULL::timestamptz".into(), |column| column.instant(prefix)),
+        }
+    }
+
+    /// The keys of the SDs that an SD depends on, as jsonb.
+    pub fn dependencies(&self, schema: &str) -> String {
+        match self.type_of(&self.columns.dependencies) {
+            None => "NULL::jsonb".into(),
+            Some(column) => column.keys("b.", schema),
         }
     }
 

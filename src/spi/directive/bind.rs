@@ -37,9 +37,9 @@ pub fn bind(db: &Db<'_>, table: pg_sys::Oid, asked: Columns) -> Result<Bound> {
     facts.check_owner(db)?;
     facts.check_kind(db)?;
     let columns = facts.columns(asked)?;
-    let_go(db)?;
-
     let backlog = Backlog::of(db, table, columns)?;
+    backlog.usable()?;
+    let_go(db)?;
     let indexes_created = facts.ensure_indexes(db, &backlog)?;
     let schema = db.catalog()?.schema.clone();
     attach::attach_triggers(db, &backlog, &schema)?;

@@ -14,16 +14,20 @@ pub struct ColumnType {
     pub column: String,
     /// The type's name, with its schema where it is not the server's own.
     pub name: String,
+    /// Whether it has a collation of its own, which the views must not show.
+    pub is_collated: bool,
     /// The values of an enum.
     pub labels: Option<Vec<String>>,
 }
 
 impl ColumnType {
-    /// The types of a table's columns.
+    /// The types of a table's columns. The collation 100 is the database's own.
     pub fn all(db: &Db<'_>, table: pg_sys::Oid) -> Result<Vec<Self>> {
         let mut types = Vec::new();
         for row in db.run_once(
             "SELECT a.attname::text, pg_catalog.format_type(b.oid, NULL),
+                    a.attcollation NOT IN (0, 100)
+                        AND b.typtype <> 'e',
                     CASE WHEN b.typtype = 'e' THEN
                         ARRAY(SELECT e.enumlabel::text FROM pg_catalog.pg_enum e
                                WHERE e.enumtypid = b.oid ORDER BY e.enumsortorder) END
@@ -36,7 +40,8 @@ impl ColumnType {
             types.push(Self {
                 column: required(row.get(1)?, "pg_attribute")?,
                 name: required(row.get(2)?, "pg_type")?,
-                labels: row.get(3)?,
+                is_collated: required(row.get(3)?, "pg_attribute")?,
+                labels: row.get(4)?,
             });
         }
         Ok(types)
@@ -47,7 +52,10 @@ impl ColumnType {
     pub fn text(&self, prefix: &str) -> String {
         match self.labels {
             Some(_) => {
-                format!("pg_catalog.textin(pg_catalog.enum_out({}))", quoted(prefix, &self.column))
+                format!("pg_catalog.textin(pg_catalog.enum_out({}))", self.base(prefix))
+            }
+            None if self.is_collated => {
+                format!("({} COLLATE pg_catalog.\"default\")", as_text(prefix, &self.column))
             }
             None => as_text(prefix, &self.column),
         }
@@ -90,7 +98,7 @@ impl ColumnType {
             .collect();
         Some(format!(
             "COALESCE({} = ANY (ARRAY[{}]::{}[]), false)",
-            quoted(prefix, &self.column),
+            self.base(prefix),
             literals(&labels),
             self.name
         ))
@@ -99,7 +107,7 @@ impl ColumnType {
     /// Where a priority stands in the order, the most urgent first, as a numeric; NULL comes last. Any
     /// other number than in a text counts for itself.
     pub fn priority_order(&self, prefix: &str) -> String {
-        let column = quoted(prefix, &self.column);
+        let column = self.base(prefix);
         let mut cases = Vec::new();
         let subject = match &self.labels {
             Some(labels) => {
@@ -138,11 +146,30 @@ impl ColumnType {
         )
     }
 
-    /// The column as a timestamptz. A time without a zone is UTC, never the reader's local time.
+    /// The column without the domain that its type may be.
+    pub fn base(&self, prefix: &str) -> String {
+        format!("({}::{})", quoted(prefix, &self.column), self.name)
+    }
+
+    /// A list of keys as jsonb. What json may hold and jsonb may not must not keep anybody from reading
+    /// the rest.
+    pub fn keys(&self, prefix: &str, schema: &str) -> String {
+        let column = quoted(prefix, &self.column);
+        if self.name == "json" {
+            format!("{schema}.dependency_keys({column}::text)")
+        } else {
+            format!("pg_catalog.to_jsonb({column})")
+        }
+    }
+
+    /// The column as a timestamptz. A time without a zone is UTC, never the reader's local time; a date
+    /// that is later than a timestamp can be is the last one.
     pub fn instant(&self, prefix: &str) -> String {
         let column = quoted(prefix, &self.column);
         if self.name == "timestamp with time zone" {
             format!("({column}::timestamptz)")
+        } else if self.name == "date" {
+            format!("(LEAST({column}, '294276-01-01'::date)::timestamp AT TIME ZONE 'UTC')")
         } else {
             format!("({column}::timestamp AT TIME ZONE 'UTC')")
         }

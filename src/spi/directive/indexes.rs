@@ -20,8 +20,9 @@ pub fn for_queue(backlog: &Backlog) -> Vec<(&'static str, String)> {
         .collect();
     let mut wanted = vec![("queue", format!("({}) WHERE {unfinished}", keys.join(", ")))];
     if let Some(parent) = backlog.parent_indexed() {
-        wanted
-            .push(("parent", format!("(({parent})) WHERE {parent} IS NOT NULL AND {unfinished}")));
+        // Hashed, as whatever stands in that column must find room.
+        let hashed = format!("USING hash (({parent})) WHERE {parent} IS NOT NULL AND {unfinished}");
+        wanted.push(("parent", hashed));
     }
     wanted
 }

@@ -3,6 +3,7 @@
 mod attach;
 mod backlog;
 mod bind;
+mod code;
 mod column_type;
 mod columns;
 mod guarded;

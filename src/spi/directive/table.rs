@@ -53,7 +53,8 @@ impl TableFacts {
         for row in db.run_once(
             "SELECT a.attname::text, pg_catalog.format_type(b.oid, COALESCE(NULLIF(t.typtypmod, -1), a.atttypmod)),
                     b.typtype = 'e', b.typtype = 'b' AND b.typnamespace = 'pg_catalog'::pg_catalog.regnamespace,
-                    a.attgenerated <> '', a.attnotnull OR t.typnotnull
+                    a.attgenerated <> '', a.attnotnull OR t.typnotnull, t.typtype = 'd',
+                    a.attcollation NOT IN (0, 100)
                FROM pg_catalog.pg_attribute a
                JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
                JOIN pg_catalog.pg_type b ON b.oid = COALESCE(NULLIF(t.typbasetype, 0), t.oid)
@@ -67,6 +68,8 @@ impl TableFacts {
                 is_built_in: required(row.get(4)?, "pg_type")?,
                 is_generated: required(row.get(5)?, "pg_attribute")?,
                 is_not_null: required(row.get(6)?, "pg_attribute")?,
+                is_domain: required(row.get(7)?, "pg_type")?,
+                is_collated: required(row.get(8)?, "pg_attribute")?,
             });
         }
         let mut unique = Vec::new();
@@ -157,6 +160,7 @@ impl TableFacts {
                 });
             }
             self.expect_of(key, |c| is_key(&c.sql_type), "text, varchar, uuid or an integer")?;
+            self.expect_of(key, |c| !c.is_collated, "of the database's own collation")?;
         }
         let columns = Columns {
             title: self.column(asked.title, &["title"])?,
@@ -178,9 +182,10 @@ impl TableFacts {
             self.expect(column, ColumnFacts::reads_as_text, "a built-in type or an enum")?;
         }
         self.expect(&columns.is_working_on, |c| c.sql_type == "boolean", "boolean")?;
-        let writable = |c: &ColumnFacts| !c.is_generated;
-        self.expect(&columns.is_working_on, writable, "writable, not generated")?;
-        self.expect(&columns.active_session_id, writable, "writable, not generated")?;
+        let writable = |c: &ColumnFacts| !c.is_generated && !c.is_domain;
+        let wanted = "writable: not generated, and of no domain";
+        self.expect(&columns.is_working_on, writable, wanted)?;
+        self.expect(&columns.active_session_id, writable, wanted)?;
         self.expect(
             &columns.active_session_id,
             |c| !c.is_not_null,
@@ -258,6 +263,7 @@ impl TableFacts {
         let mut created = Vec::new();
         for (name, expression) in wanted {
             self.check_unique(db, &backlog.from, &expression)?;
+            let name = format!("pg_claims_{}_{name}", self.oid.to_u32());
             created.push(self.create_index(
                 db,
                 "UNIQUE INDEX",
@@ -266,7 +272,8 @@ impl TableFacts {
             )?);
         }
         for (name, definition) in indexes::for_queue(backlog) {
-            created.push(self.create_index(db, "INDEX", name, &definition)?);
+            let name = format!("pg_claims_{name}_{}", self.oid.to_u32());
+            created.push(self.create_index(db, "INDEX", &name, &definition)?);
         }
         Ok(created)
     }
@@ -278,7 +285,7 @@ impl TableFacts {
         name: &str,
         definition: &str,
     ) -> Result<String> {
-        let index = pgrx::spi::quote_identifier(format!("pg_claims_{}_{name}", self.oid.to_u32()));
+        let index = pgrx::spi::quote_identifier(name);
         db.run_once(&format!("CREATE {kind} {index} ON {} {definition}", self.name), &[])?;
         let index = format!("{}.{index}", self.schema);
         db.run_once(&format!("ALTER INDEX {index} DEPENDS ON EXTENSION pg_claims"), &[])?;
@@ -330,6 +337,8 @@ struct ColumnFacts {
     is_built_in: bool,
     is_generated: bool,
     is_not_null: bool,
+    is_domain: bool,
+    is_collated: bool,
 }
 
 impl ColumnFacts {
@@ -364,7 +373,8 @@ fn is_numeric(sql_type: &str) -> bool {
 }
 
 fn is_list(sql_type: &str) -> bool {
-    matches!(sql_type, "jsonb" | "json" | "text[]" | "character varying[]")
+    matches!(sql_type, "jsonb" | "json" | "text[]")
+        || (sql_type.starts_with("character varying") && sql_type.ends_with("[]"))
 }
 
 fn is_time(sql_type: &str) -> bool {

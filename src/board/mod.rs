@@ -1,0 +1,184 @@
+//! The heartbeat board in shared memory.
+//!
+//! With it a heartbeat is an atomic store: no statement, no WAL, no dead row, no commit. The rules of an
+//! entry are those of [`pg_claims_core::board`]; here is where its memory comes from and who locks it.
+//!
+//! Whoever looks for a session's last heartbeat takes the later one of board and table
+//! (`latest_heartbeat` in SQL). The worker writes the board to the table now and then.
+
+mod memory;
+mod saved;
+
+use pg_claims_core::board::{Entry, Held, Key};
+use pgrx::pg_sys;
+
+use memory::Board;
+pub use memory::init;
+
+/// A session's entry on the board.
+#[derive(Debug, Clone, Copy)]
+pub struct Place<'a> {
+    table: pg_sys::Oid,
+    session_id: &'a str,
+}
+
+impl<'a> Place<'a> {
+    /// The session of that id in the table of sessions that is `table`.
+    pub fn of(table: pg_sys::Oid, session_id: &'a str) -> Self {
+        Self { table, session_id }
+    }
+
+    fn key(self) -> Key<'a> {
+        Key { database: database(), table: self.table.to_u32(), session_id: self.session_id }
+    }
+
+    /// Records a heartbeat of the session, on behalf of `owner`, while it holds `named` if that is given.
+    /// Answers with the heartbeat that counts and what the session holds. `None` where only the table
+    /// can tell.
+    pub fn beat(self, owner: pg_sys::Oid, named: Option<i64>, at: i64) -> Option<(i64, Held)> {
+        let key = self.key();
+        let board = Board::get()?;
+        board.shared(&key, |shelf, hash| shelf.find(&key, hash)?.beat(owner.to_u32(), named, at))
+    }
+
+    /// The session's last heartbeat on the board.
+    pub fn latest(self) -> Option<i64> {
+        let key = self.key();
+        let board = Board::get()?;
+        board.shared(&key, |shelf, hash| shelf.find(&key, hash).map(Entry::beat_at))
+    }
+
+    /// Lets the board answer the session's next heartbeats, with what the table has just said. The
+    /// session's row must be locked, and this transaction must not have changed it.
+    pub fn open(self, held: &Held, at: i64) {
+        let key = self.key();
+        let Some(board) = Board::get() else { return };
+        let is_taken = board.exclusive(&key, |shelf, hash| {
+            shelf.find_or_make(&key, hash).is_some_and(|entry| entry.open(held, at))
+        });
+        if !is_taken {
+            board.count_refused();
+        }
+    }
+
+    /// From now on the table answers, as what the session holds is about to change. Before the row is
+    /// looked at under its lock: a heartbeat that came before is seen, one that comes after waits.
+    pub fn close(self) {
+        let key = self.key();
+        let Some(board) = Board::get() else { return };
+        board.exclusive(&key, |shelf, hash| {
+            if let Some(entry) = shelf.find(&key, hash) {
+                entry.close();
+            }
+        });
+    }
+
+    /// Forgets the session.
+    pub fn remove(self) {
+        let key = self.key();
+        let Some(board) = Board::get() else { return };
+        board.exclusive(&key, |shelf, hash| shelf.remove(&key, hash));
+    }
+
+    /// The table has the heartbeat `at`.
+    pub fn written(self, at: i64) {
+        let key = self.key();
+        let Some(board) = Board::get() else { return };
+        board.shared(&key, |shelf, hash| {
+            if let Some(entry) = shelf.find(&key, hash) {
+                entry.set_written(at);
+            }
+        });
+    }
+}
+
+/// From now on the table answers for all sessions of `table`.
+pub fn close_all(table: pg_sys::Oid) {
+    let Some(board) = Board::get() else { return };
+    board.each_exclusive(|shelf| {
+        shelf.entries().filter(|entry| is_in(entry, table)).for_each(Entry::close);
+    });
+}
+
+/// Up to `limit` sessions of `table` with their last heartbeat, where that is newer than the one in the
+/// table by `lag` microseconds or more, or the board is to forget the session.
+pub fn unwritten(table: pg_sys::Oid, lag: i64, limit: usize) -> Vec<(String, i64)> {
+    let Some(board) = Board::get() else { return Vec::new() };
+    let mut found = Vec::new();
+    board.each_shared(|shelf| {
+        for entry in shelf.entries().filter(|entry| is_in(entry, table)) {
+            if found.len() == limit {
+                return;
+            }
+            let lag = if entry.is_closed() { 1 } else { lag };
+            if entry.beat_at() >= entry.written_at().saturating_add(lag) {
+                found.push((entry.session_id(), entry.beat_at()));
+            }
+        }
+    });
+    found
+}
+
+/// Forgets sessions of `table` that the table answers for, once it has their last heartbeat. Those that
+/// live are back with the next one; those that are gone leave nothing.
+pub fn sweep(table: pg_sys::Oid) {
+    remove_where(|entry| {
+        is_in(entry, table) && entry.is_closed() && entry.beat_at() <= entry.written_at()
+    });
+}
+
+/// Forgets the sessions of this database that are in other tables than `table`: of an extension that has
+/// been dropped.
+pub fn remove_others(table: Option<pg_sys::Oid>) {
+    remove_where(|entry| {
+        entry.database() == database() && Some(entry.table()) != table.map(pg_sys::Oid::to_u32)
+    });
+}
+
+/// Forgets the sessions of databases that are none of these.
+pub fn remove_databases_but(databases: &[pg_sys::Oid]) {
+    remove_where(|entry| databases.iter().all(|known| known.to_u32() != entry.database()));
+}
+
+fn remove_where(is_gone: impl Fn(&Entry) -> bool) {
+    let Some(board) = Board::get() else { return };
+    board.each_exclusive(|shelf| {
+        let gone: Vec<_> = shelf
+            .entries()
+            .filter(|entry| is_gone(entry))
+            .map(|entry| (entry.database(), entry.table(), entry.session_id()))
+            .collect();
+        for (database, table, session_id) in &gone {
+            let key = Key { database: *database, table: *table, session_id };
+            shelf.remove(&key, key.hash());
+        }
+    });
+}
+
+/// How full the board is.
+#[derive(Debug)]
+pub struct Fullness {
+    /// For how many sessions it was made.
+    pub capacity: i64,
+    /// How many it holds, of all databases.
+    pub entries: i64,
+    /// How many times it had no room for one.
+    pub refused: i64,
+}
+
+/// How full the board is, where there is one.
+pub fn fullness() -> Option<Fullness> {
+    let board = Board::get()?;
+    let mut entries = 0;
+    board.each_shared(|shelf| entries += shelf.entries().count() as i64);
+    Some(Fullness { capacity: board.capacity(), entries, refused: board.refused() })
+}
+
+fn is_in(entry: &Entry, table: pg_sys::Oid) -> bool {
+    entry.database() == database() && entry.table() == table.to_u32()
+}
+
+fn database() -> u32 {
+    // SAFETY: set before any statement runs, and never changes.
+    unsafe { pg_sys::MyDatabaseId }.to_u32()
+}

@@ -1,0 +1,52 @@
+//! Code that a table's owner could have the extension run.
+//!
+//! Whoever plans a statement on a table evaluates what its indexes and constraints say, with their own
+//! rights; the extension's functions do so with those of its owner, a superuser. So a backlog must have
+//! no code there but the server's, an installed extension's or another superuser's.
+
+use pgrx::pg_sys;
+
+use crate::error::Result;
+use crate::spi::row::Row;
+use crate::spi::statement::Db;
+
+/// A function, operator or domain of an ordinary role's that an index, a constraint, extended statistics or
+/// the partitioning of the table uses, described. None of a table that is a superuser's.
+pub fn untrusted(db: &Db<'_>, table: pg_sys::Oid) -> Result<Option<String>> {
+    let rows = db.run_once(
+        "WITH tables AS (
+             SELECT $1 AS oid
+              UNION SELECT relid::oid FROM pg_catalog.pg_partition_tree($1)),
+              users AS (
+             SELECT 'pg_catalog.pg_class'::pg_catalog.regclass::oid AS classid, i.indexrelid AS objid
+               FROM pg_catalog.pg_index i JOIN tables t ON t.oid = i.indrelid
+              UNION ALL
+             SELECT 'pg_catalog.pg_class'::pg_catalog.regclass::oid, t.oid FROM tables t
+              UNION ALL
+             SELECT 'pg_catalog.pg_constraint'::pg_catalog.regclass::oid, c.oid
+               FROM pg_catalog.pg_constraint c JOIN tables t ON t.oid = c.conrelid
+              UNION ALL
+             SELECT 'pg_catalog.pg_statistic_ext'::pg_catalog.regclass::oid, s.oid
+               FROM pg_catalog.pg_statistic_ext s JOIN tables t ON t.oid = s.stxrelid),
+              used AS (
+             SELECT d.refclassid, d.refobjid,
+                    COALESCE(p.proowner, o.oprowner, y.typowner) AS owner
+               FROM users u
+               JOIN pg_catalog.pg_depend d ON d.classid = u.classid AND d.objid = u.objid
+               LEFT JOIN pg_catalog.pg_proc p
+                 ON d.refclassid = 'pg_catalog.pg_proc'::pg_catalog.regclass AND p.oid = d.refobjid
+               LEFT JOIN pg_catalog.pg_operator o
+                 ON d.refclassid = 'pg_catalog.pg_operator'::pg_catalog.regclass AND o.oid = d.refobjid
+               LEFT JOIN pg_catalog.pg_type y
+                 ON d.refclassid = 'pg_catalog.pg_type'::pg_catalog.regclass AND y.oid = d.refobjid
+                AND y.typtype = 'd')
+         SELECT pg_catalog.pg_describe_object(used.refclassid, used.refobjid, 0)
+           FROM used
+           JOIN pg_catalog.pg_roles owner ON owner.oid = used.owner AND NOT owner.rolsuper
+          WHERE NOT (SELECT r.rolsuper FROM pg_catalog.pg_class c
+                       JOIN pg_catalog.pg_roles r ON r.oid = c.relowner WHERE c.oid = $1)
+          LIMIT 1",
+        &[table.into()],
+    )?;
+    if rows.is_empty() { Ok(None) } else { rows.first().text(1) }
+}

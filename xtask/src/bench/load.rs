@@ -1,0 +1,242 @@
+//! Loads that pgbench cannot make.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow, ensure};
+use pg_claims_tests::Server;
+use postgres::Client;
+use postgres::fallible_iterator::FallibleIterator as _;
+
+use super::connect;
+
+/// How often a session beats.
+const INTERVAL: Duration = Duration::from_secs(30);
+
+/// Connections that beat.
+const BEATERS: usize = 4;
+
+/// What was seen of a fleet of sessions.
+pub struct Seen {
+    /// Of the sessions' table with its indexes, in megabytes: after and before.
+    pub sizes: [f64; 2],
+    beats: u64,
+    seconds: f64,
+    oldest: f64,
+    cpu: f64,
+    p99: Duration,
+}
+
+impl fmt::Display for Seen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{:.0} beats a second, the oldest {:.1} s old, {:.0} % of a core, claims' p99 {:.1} ms",
+            self.beats as f64 / self.seconds,
+            self.oldest,
+            self.cpu,
+            self.p99.as_secs_f64() * 1000.0
+        )
+    }
+}
+
+/// Has `fleet` sessions beat every 30 seconds, in groups of `group`, while others claim.
+pub fn fleet(
+    server: &Server,
+    database: &str,
+    fleet: usize,
+    group: usize,
+    seconds: u64,
+) -> Result<Seen> {
+    let mut client = connect(server, database)?;
+    client
+        .batch_execute("SELECT heartbeat_sessions(array_agg(session_id)) FROM claude_sessions")?;
+    let before = size(&mut client)?;
+    let cpu_before = cpu(&mut client)?;
+    let begin = Instant::now();
+    let end = begin + Duration::from_secs(seconds);
+    let beats = AtomicU64::new(0);
+    let mut latencies = thread::scope(|scope| -> Result<Vec<Duration>> {
+        let beaters: Vec<_> = (0..BEATERS)
+            .map(|beater| {
+                let beats = &beats;
+                scope.spawn(move || beat(server, database, share(fleet, beater), group, end, beats))
+            })
+            .collect();
+        let latencies = claim_meanwhile(server, database, end)?;
+        for beater in beaters {
+            beater.join().map_err(|_| anyhow!("a beating thread panicked"))??;
+        }
+        Ok(latencies)
+    })?;
+    let elapsed = begin.elapsed().as_secs_f64();
+    latencies.sort();
+    let oldest = "SELECT EXTRACT(EPOCH FROM max(clock_timestamp() - latest_heartbeat(tableoid, session_id, heartbeat_at)))::float8 FROM claude_sessions";
+    Ok(Seen {
+        beats: beats.into_inner(),
+        seconds: elapsed,
+        oldest: client.query_one(oldest, &[])?.get(0),
+        cpu: (cpu(&mut client)? - cpu_before) / elapsed * 100.0,
+        p99: latencies.get(latencies.len() * 99 / 100).copied().unwrap_or_default(),
+        sizes: [size(&mut client)?, before],
+    })
+}
+
+/// The sessions of one beater.
+fn share(fleet: usize, beater: usize) -> std::ops::Range<usize> {
+    fleet * beater / BEATERS + 1..fleet * (beater + 1) / BEATERS + 1
+}
+
+fn beat(
+    server: &Server,
+    database: &str,
+    sessions: std::ops::Range<usize>,
+    group: usize,
+    end: Instant,
+    beats: &AtomicU64,
+) -> Result<()> {
+    let mut client = connect(server, database)?;
+    let single = client.prepare("SELECT update_session_heartbeat($1)")?;
+    let many = client.prepare("SELECT heartbeat_sessions($1)")?;
+    let ids: Vec<String> = sessions.map(|n| format!("session-{n}")).collect();
+    let groups: Vec<&[String]> = ids.chunks(group).collect();
+    let pause = INTERVAL / u32::try_from(groups.len())?;
+    let mut due = Instant::now();
+    for group in groups.iter().cycle() {
+        if due >= end {
+            return Ok(());
+        }
+        thread::sleep(due.saturating_duration_since(Instant::now()));
+        match group {
+            [one] => client.query_one(&single, &[one])?,
+            _ => client.query_one(&many, &[group])?,
+        };
+        beats.fetch_add(group.len() as u64, Ordering::Relaxed);
+        due += pause;
+    }
+    Ok(())
+}
+
+fn claim_meanwhile(server: &Server, database: &str, end: Instant) -> Result<Vec<Duration>> {
+    let mut client = connect(server, database)?;
+    client.batch_execute("SET synchronous_commit = off")?;
+    let claim = client.prepare("SELECT claim_sd($1, 'session-1')->>'success'")?;
+    let release = client.prepare("SELECT release_sd('session-1')")?;
+    let mut latencies = Vec::new();
+    while Instant::now() < end {
+        let sd = format!("SD-{}", 1 + latencies.len() % 100);
+        let begin = Instant::now();
+        let success: String = client.query_one(&claim, &[&sd])?.get(0);
+        latencies.push(begin.elapsed());
+        ensure!(success == "true", "a claim was refused");
+        client.query_one(&release, &[])?;
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok(latencies)
+}
+
+fn size(client: &mut Client) -> Result<f64> {
+    let bytes: i64 =
+        client.query_one("SELECT pg_total_relation_size('claude_sessions')", &[])?.get(0);
+    Ok(bytes as f64 / 1e6)
+}
+
+/// Seconds of processor time of all processes of the server that are there.
+fn cpu(client: &mut Client) -> Result<f64> {
+    let pids = client.query("SELECT pid FROM pg_stat_activity", &[])?;
+    let mut ticks = 0;
+    for row in pids {
+        let pid: i32 = row.get(0);
+        // A process that has just ended has no file any more.
+        let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
+        let fields: Vec<&str> =
+            stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+        for field in fields.get(11..13).unwrap_or_default() {
+            ticks += field.parse::<u64>()?;
+        }
+    }
+    // Ticks are hundredths of a second on every Linux that matters.
+    Ok(ticks as f64 / 100.0)
+}
+
+/// Makes every session hold its SD, and be stale, in both schemas.
+pub fn make_stale(client: &mut Client, count: usize) -> Result<()> {
+    client.batch_execute(&format!(
+        "SET session_replication_role = replica;
+         TRUNCATE sd_claims, session_lifecycle_events, floor.session_lifecycle_events;
+         INSERT INTO sd_claims (claim_id, sd_id, session_id)
+         SELECT n, 'SD-' || n, 'session-' || n FROM generate_series(1, {count}) n;
+         UPDATE strategic_directives_v2 SET is_working_on = true, active_session_id = replace(sd_id, 'SD-', 'session-');
+         UPDATE claude_sessions SET sd_id = replace(session_id, 'session-', 'SD-'),
+                claim_id = replace(session_id, 'session-', '')::bigint, claimed_at = now() - interval '3 days',
+                status = 'active', heartbeat_at = now() - interval '2 days';
+         TRUNCATE floor.claude_sessions;
+         INSERT INTO floor.claude_sessions SELECT * FROM claude_sessions;
+         RESET session_replication_role"
+    ))?;
+    client.batch_execute("VACUUM ANALYZE")?;
+    Ok(())
+}
+
+/// Makes sure that the work was done.
+pub fn check_all_ended(client: &mut Client, ours: bool) -> Result<()> {
+    let table = if ours { "claude_sessions" } else { "floor.claude_sessions" };
+    let left: i64 = client
+        .query_one(&format!("SELECT count(*) FROM {table} WHERE sd_id IS NOT NULL"), &[])?
+        .get(0);
+    ensure!(left == 0, "{left} claims are left in {table}");
+    Ok(())
+}
+
+/// Connections that listen.
+pub struct Listening {
+    over: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<u64>>,
+}
+
+impl Listening {
+    /// Ends it; how many messages all of them heard.
+    pub fn stop(self) -> u64 {
+        self.over.store(true, Ordering::Relaxed);
+        self.threads.into_iter().map(|thread| thread.join().unwrap_or_default()).sum()
+    }
+}
+
+/// Has so many connections listen.
+pub fn listen(server: &Server, database: &str, listeners: usize) -> Result<Listening> {
+    let over = Arc::new(AtomicBool::new(false));
+    let mut threads = Vec::new();
+    for _ in 0..listeners {
+        let mut client = connect(server, database)?;
+        client.batch_execute("LISTEN pg_claims")?;
+        let over = Arc::clone(&over);
+        threads.push(thread::spawn(move || {
+            let mut heard = 0;
+            while !over.load(Ordering::Relaxed) {
+                let mut notifications = client.notifications();
+                let mut waiting = notifications.timeout_iter(Duration::from_millis(200));
+                while let Ok(Some(_)) = waiting.next() {
+                    heard += 1;
+                }
+            }
+            heard
+        }));
+    }
+    Ok(Listening { over, threads })
+}
+
+/// What this machine is.
+pub fn machine() -> String {
+    let read = |file: &str| std::fs::read_to_string(file).unwrap_or_default();
+    let value = |text: &str, key: &str| {
+        let line = text.lines().find(|line| line.starts_with(key)).unwrap_or_default();
+        line.split(':').nth(1).unwrap_or("unknown").trim().to_owned()
+    };
+    let cores = thread::available_parallelism().map_or(0, std::num::NonZero::get);
+    let cpu = value(&read("/proc/cpuinfo"), "model name");
+    let memory = value(&read("/proc/meminfo"), "MemTotal");
+    format!("{cores} cores ({cpu}), {memory} of memory")
+}
