@@ -4,7 +4,8 @@
 -- Before a row is written: makes a direct write whole, or refuses it. Does not fire for heartbeats,
 -- which name none of these columns.
 CREATE TRIGGER claude_sessions_complete_trigger
-    BEFORE INSERT OR UPDATE OF id, session_id, sd_id, claim_id, claimed_at, status, owner_role
+    BEFORE INSERT OR UPDATE OF id, session_id, sd_id, claim_id, claimed_at, status, owner_role,
+                               metadata, stale_after, silent_until
     ON claude_sessions
     FOR EACH ROW EXECUTE FUNCTION complete_session_write();
 
@@ -39,10 +40,11 @@ CREATE TRIGGER sd_claims_protect_delete_trigger
     FOR EACH ROW WHEN (pg_catalog.pg_trigger_depth() = 0 AND OLD.released_at IS NULL)
     EXECUTE FUNCTION protect_open_claim();
 
--- Whoever sets a heartbeat back means it: the board forgets it. Heartbeats only move forward.
+-- Whoever sets a heartbeat back means it: the board forgets it. Heartbeats only move forward. An infinite
+-- one is refused: its session would be immortal, or stale for ever.
 CREATE TRIGGER claude_sessions_set_back_trigger
     AFTER UPDATE OF heartbeat_at ON claude_sessions
-    FOR EACH ROW WHEN (NEW.heartbeat_at < OLD.heartbeat_at)
+    FOR EACH ROW WHEN (NEW.heartbeat_at < OLD.heartbeat_at OR NEW.heartbeat_at = 'infinity')
     EXECUTE FUNCTION forget_heartbeat();
 
 -- A session that is gone is not answered from the board.

@@ -1,7 +1,8 @@
 //! Statements whose plans are kept for the life of the backend.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::ffi::CStr;
 
 use pgrx::Spi;
 use pgrx::datum::DatumWithOid;
@@ -28,16 +29,28 @@ impl Statement {
 }
 
 thread_local! {
-    /// Kept plans by the address of their statement. Plans are never freed: one may be running
+    /// Kept plans by the address of their statement, with how often each has run. Plans are never freed: one may be running
     /// further up the stack when the catalogue changes, and it changes rarely.
-    static PLANS: RefCell<HashMap<usize, &'static OwnedPreparedStatement>> =
-        RefCell::new(HashMap::new());
+    static PLANS: RefCell<HashMap<usize, &'static Kept>> = RefCell::new(HashMap::new());
 }
+
+/// A kept plan.
+struct Kept {
+    plan: OwnedPreparedStatement,
+    runs: Cell<u32>,
+}
+
+/// The server plans the first few executions for themselves and then decides on one plan for all, which it
+/// keeps until the statistics change. Until then a table may still be so small that reading all of it
+/// seems as good as an index.
+const DECIDING_RUNS: u32 = 8;
 
 /// Forgets the kept plans; the next use prepares anew.
 pub(super) fn forget_plans() {
     PLANS.with_borrow_mut(HashMap::clear);
 }
+
+const BY_INDEX: (&CStr, &CStr) = (c"enable_seqscan", c"off");
 
 /// A connection to the server's programming interface.
 pub struct Db<'conn> {
@@ -67,33 +80,36 @@ impl Db<'_> {
         let key = std::ptr::from_ref(statement).addr();
         // The borrow ends before any SQL runs: a trigger may come back here.
         let kept = PLANS.with_borrow(|plans| plans.get(&key).copied());
-        let plan = match kept {
-            Some(plan) => plan,
+        let kept = match kept {
+            Some(kept) => kept,
             None => {
                 let parameters: Vec<PgOid> =
                     statement.parameters.iter().map(|oid| PgOid::BuiltIn(*oid)).collect();
                 let text = (statement.text)(&catalog);
-                let plan: &'static _ = Box::leak(Box::new(
-                    self.client.prepare_mut(text.as_str(), &parameters)?.keep(),
-                ));
-                PLANS.with_borrow_mut(|plans| plans.insert(key, plan));
-                plan
+                let plan = self.client.prepare_mut(text.as_str(), &parameters)?.keep();
+                let kept: &'static _ = Box::leak(Box::new(Kept { plan, runs: Cell::new(0) }));
+                PLANS.with_borrow_mut(|plans| plans.insert(key, kept));
+                kept
             }
         };
+        let is_deciding = kept.runs.get() < DECIDING_RUNS;
+        let _by_index = is_deciding.then(|| LocalSettings::new(&[BY_INDEX]));
+        if is_deciding {
+            kept.runs.set(kept.runs.get() + 1);
+        }
         // `select` on a mutating plan takes a fresh snapshot and assigns no transaction id.
-        Ok(self.client.select(plan, None, arguments)?)
+        Ok(self.client.select(&kept.plan, None, arguments)?)
     }
 
     /// Runs a kept statement that may look up many things one by one, and mostly looks up few.
     ///
-    /// By an index each: a plan is kept, and may have been made when a table was so small that reading it
-    /// all seemed as good. And not compiled: that would take longer than the look.
+    /// By an index each, whatever the plan. And not compiled: that would take longer than the look.
     pub fn run_by_index(
         &self,
         statement: &'static Statement,
         arguments: &[DatumWithOid<'_>],
     ) -> Result<SpiTupleTable<'_>> {
-        let _by_index = LocalSettings::new(&[(c"enable_seqscan", c"off"), (c"jit", c"off")]);
+        let _by_index = LocalSettings::new(&[BY_INDEX, (c"jit", c"off")]);
         self.run(statement, arguments)
     }
 

@@ -2,10 +2,14 @@
 
 use pg_claims_core::refusal::Refusal;
 use pg_claims_core::{age, id, text};
+use pgrx::datum::Interval;
 use pgrx::heap_tuple::PgHeapTuple;
 use pgrx::prelude::*;
-use pgrx::{AllocatedByRust, PgSqlErrorCode};
+use pgrx::{AllocatedByRust, JsonB, PgSqlErrorCode, WhoAllocated};
 
+use chrono::TimeDelta;
+
+use super::board::check_finite;
 use super::{Row, SessionRow, is_restoring, run};
 use crate::board::Place;
 use crate::error::{ClaimError, Result};
@@ -29,6 +33,7 @@ pub fn complete_session_write<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
             return Ok(Some(tuple.into_owned()));
         }
         let new = SessionRow::read(&tuple)?;
+        check_values(&tuple, &new)?;
         // Its row is locked: a heartbeat that comes now waits for what becomes of it.
         Place::of(trigger.relid()?, &new.session_id).close();
         let whole = match &old {
@@ -41,6 +46,33 @@ pub fn complete_session_write<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
         }
         Ok(Some(tuple))
     })
+}
+
+/// What no row may say, whoever writes it. What comes of a claim is a constraint of the table's.
+fn check_values<A: WhoAllocated>(tuple: &PgHeapTuple<'_, A>, row: &SessionRow) -> Result<()> {
+    check_finite(tuple)?;
+    let refused = |message: String, hint| ClaimError::DirectWrite {
+        code: PgSqlErrorCode::ERRCODE_CHECK_VIOLATION,
+        message,
+        detail: Some(format!("The row is that of session \"{}\".", row.session_id)),
+        hint,
+    };
+    if !["active", "idle", "released"].contains(&row.status.as_str()) {
+        let message = format!("a session cannot be \"{}\"", row.status);
+        return Err(refused(message, "Write active, idle or released; stale is never stored."));
+    }
+    let stale_after = tuple.get_by_name::<Interval>("stale_after")?;
+    if stale_after.is_some_and(|lease| time::from_interval(&lease) <= TimeDelta::zero()) {
+        return Err(refused(
+            "a lease must be longer than nothing".into(),
+            "Write NULL for the usual one.",
+        ));
+    }
+    let metadata = tuple.get_by_name::<JsonB>("metadata")?;
+    if metadata.is_some_and(|metadata| !metadata.0.is_object()) {
+        return Err(refused("metadata must be an object".into(), "Write {} for none."));
+    }
+    Ok(())
 }
 
 /// The row that is to be written instead, or `None` where it is whole already.
