@@ -18,7 +18,7 @@ pub fn forget_heartbeat<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
         }
         let old = trigger.old();
         if let Some(session_id) =
-            old.and_then(|row| row.get_by_name::<String>("session_id").ok()?)
+            old.and_then(|row| super::column::<String, _>(&row, "session_id").ok()?)
         {
             Place::of(trigger.relid()?, &session_id).remove();
         }
@@ -29,7 +29,7 @@ pub fn forget_heartbeat<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
 /// An infinite heartbeat would be immortal, or stale for ever.
 pub fn check_finite<A: WhoAllocated>(row: &PgHeapTuple<'_, A>) -> Result<()> {
     for column in ["heartbeat_at", "silent_until"] {
-        let at = row.get_by_name::<TimestampWithTimeZone>(column)?;
+        let at = super::column::<TimestampWithTimeZone, A>(row, column)?;
         if at.is_some_and(|at| at.is_infinity() || at.is_neg_infinity()) {
             return Err(ClaimError::DirectWrite {
                 code: PgSqlErrorCode::ERRCODE_CHECK_VIOLATION,

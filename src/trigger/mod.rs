@@ -8,9 +8,14 @@ pub mod history;
 pub mod mirror;
 pub mod session;
 
-use pgrx::heap_tuple::PgHeapTuple;
-use pgrx::{AllocatedByRust, PgTrigger, WhoAllocated, pg_sys};
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::convert::Infallible;
+use std::num::NonZeroUsize;
+
+use pgrx::datum::UnboxDatum;
+use pgrx::heap_tuple::PgHeapTuple;
+use pgrx::{AllocatedByRust, FromDatum, IntoDatum, PgTrigger, WhoAllocated, pg_sys};
 
 use crate::error::{ClaimError, Result};
 use chrono::{DateTime, Utc};
@@ -48,23 +53,22 @@ struct SessionRow {
 
 impl SessionRow {
     fn read<A: WhoAllocated>(tuple: &PgHeapTuple<'_, A>) -> Result<Self> {
-        let text =
-            |column: &'static str| -> Result<Option<String>> { Ok(tuple.get_by_name(column)?) };
-        let instant = |column: &'static str| -> Result<Option<DateTime<Utc>>> {
-            Ok(tuple.get_by_name::<TimestampWithTimeZone>(column)?.map(time::from_server))
+        let text = |name: &'static str| -> Result<Option<String>> { column(tuple, name) };
+        let instant = |name: &'static str| -> Result<Option<DateTime<Utc>>> {
+            Ok(column::<TimestampWithTimeZone, A>(tuple, name)?.map(time::from_server))
         };
         // Before the row is written its NOT NULL constraints have not been checked yet.
         let not_null = |what: &'static str| move || ClaimError::Corrupt { what };
         Ok(Self {
             session_id: text("session_id")?.ok_or_else(not_null("claude_sessions.session_id"))?,
             sd_id: text("sd_id")?,
-            claim_id: tuple.get_by_name("claim_id")?,
+            claim_id: column(tuple, "claim_id")?,
             claimed_at: instant("claimed_at")?,
             track: text("track")?,
             status: text("status")?.ok_or_else(not_null("claude_sessions.status"))?,
             released_at: instant("released_at")?,
             release_reason: text("release_reason")?,
-            lost_claim_id: tuple.get_by_name("lost_claim_id")?,
+            lost_claim_id: column(tuple, "lost_claim_id")?,
             lost_to: text("lost_to")?,
             heartbeat_at: instant("heartbeat_at")?,
             stale_noted_for: instant("stale_noted_for")?,
@@ -75,6 +79,33 @@ impl SessionRow {
     fn claim(&self) -> Option<(&str, i64)> {
         self.sd_id.as_deref().zip(self.claim_id)
     }
+}
+
+thread_local! {
+    /// Where the columns of claude_sessions are. They were made with the table and stay there.
+    static POSITIONS: RefCell<HashMap<&'static str, NonZeroUsize>> = RefCell::new(HashMap::new());
+}
+
+/// A column of a claude_sessions row.
+fn column<'t, T, A: WhoAllocated>(
+    tuple: &'t PgHeapTuple<'_, A>,
+    name: &'static str,
+) -> Result<Option<T>>
+where
+    T: FromDatum + IntoDatum + UnboxDatum<As<'t> = T> + 't,
+{
+    let known = POSITIONS.with_borrow(|positions| positions.get(name).copied());
+    let position = match known {
+        Some(position) => position,
+        None => {
+            let (position, _) = tuple
+                .get_attribute_by_name(name)
+                .ok_or(ClaimError::Corrupt { what: "claude_sessions" })?;
+            POSITIONS.with_borrow_mut(|positions| positions.insert(name, position));
+            position
+        }
+    };
+    Ok(tuple.get_by_index(position)?)
 }
 
 /// OLD and NEW, as far as the operation has them.

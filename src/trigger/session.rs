@@ -10,7 +10,7 @@ use pgrx::{AllocatedByRust, JsonB, PgSqlErrorCode, WhoAllocated};
 use chrono::TimeDelta;
 
 use super::board::check_finite;
-use super::{Row, SessionRow, is_restoring, run};
+use super::{Row, SessionRow, column, is_restoring, run};
 use crate::board::Place;
 use crate::error::{ClaimError, Result};
 use crate::spi::claim::{self, Picture};
@@ -61,14 +61,14 @@ fn check_values<A: WhoAllocated>(tuple: &PgHeapTuple<'_, A>, row: &SessionRow) -
         let message = format!("a session cannot be \"{}\"", row.status);
         return Err(refused(message, "Write active, idle or released; stale is never stored."));
     }
-    let stale_after = tuple.get_by_name::<Interval>("stale_after")?;
+    let stale_after = column::<Interval, A>(tuple, "stale_after")?;
     if stale_after.is_some_and(|lease| time::from_interval(&lease) <= TimeDelta::zero()) {
         return Err(refused(
             "a lease must be longer than nothing".into(),
             "Write NULL for the usual one.",
         ));
     }
-    let metadata = tuple.get_by_name::<JsonB>("metadata")?;
+    let metadata = column::<JsonB, A>(tuple, "metadata")?;
     if metadata.is_some_and(|metadata| !metadata.0.is_object()) {
         return Err(refused("metadata must be an object".into(), "Write {} for none."));
     }
