@@ -27,6 +27,7 @@ pgrx::extension_sql_file!(
         trigger::history::record_claim_history,
         trigger::history::protect_open_claim,
         trigger::board::forget_heartbeat,
+        trigger::board::close_on_board,
         trigger::history::refuse_truncate_while_claimed,
         trigger::mirror::sync_is_working_on_with_session,
         trigger::directive::rebuild_directives_view,

@@ -44,7 +44,8 @@ CREATE TABLE claude_sessions (
     -- matters most; the rest is checked by the triggers (complete_session_write, forget_heartbeat).
     CONSTRAINT claude_sessions_whole_claim_check
         CHECK (CASE WHEN sd_id IS NULL THEN claim_id IS NULL AND claimed_at IS NULL
-                    ELSE claim_id IS NOT NULL AND claimed_at IS NOT NULL AND status = 'active' END)
+                    ELSE claim_id IS NOT NULL AND claimed_at IS NOT NULL AND status = 'active' END
+               AND pg_catalog.jsonb_typeof(metadata) = 'object')
 )
 -- Room on each page for the new row version of a heartbeat, so that it stays HOT.
 WITH (fillfactor = 70);

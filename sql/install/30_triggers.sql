@@ -5,7 +5,7 @@
 -- which name none of these columns.
 CREATE TRIGGER claude_sessions_complete_trigger
     BEFORE INSERT OR UPDATE OF id, session_id, sd_id, claim_id, claimed_at, status, owner_role,
-                               metadata, stale_after, silent_until
+                               stale_after, silent_until
     ON claude_sessions
     FOR EACH ROW EXECUTE FUNCTION complete_session_write();
 
@@ -40,17 +40,26 @@ CREATE TRIGGER sd_claims_protect_delete_trigger
     FOR EACH ROW WHEN (pg_catalog.pg_trigger_depth() = 0 AND OLD.released_at IS NULL)
     EXECUTE FUNCTION protect_open_claim();
 
--- Whoever sets a heartbeat back means it: the board forgets it. Heartbeats only move forward. An infinite
--- one is refused: its session would be immortal, or stale for ever.
+-- The heartbeat board is kept in step with every write, also a replicated one. Whoever sets a heartbeat
+-- back means it: the board forgets it, as heartbeats only move forward. An infinite one is refused: its
+-- session would be immortal, or stale for ever.
 CREATE TRIGGER claude_sessions_set_back_trigger
     AFTER UPDATE OF heartbeat_at ON claude_sessions
     FOR EACH ROW WHEN (NEW.heartbeat_at < OLD.heartbeat_at OR NEW.heartbeat_at = 'infinity')
     EXECUTE FUNCTION forget_heartbeat();
-
--- A session that is gone is not answered from the board.
+CREATE TRIGGER claude_sessions_changed_trigger
+    AFTER UPDATE OF session_id, sd_id, claim_id, status, owner_role ON claude_sessions
+    FOR EACH ROW EXECUTE FUNCTION close_on_board();
 CREATE TRIGGER claude_sessions_deleted_trigger
     AFTER DELETE ON claude_sessions
-    FOR EACH ROW EXECUTE FUNCTION forget_heartbeat();
+    FOR EACH ROW EXECUTE FUNCTION close_on_board();
+CREATE TRIGGER claude_sessions_truncated_trigger
+    AFTER TRUNCATE ON claude_sessions
+    FOR EACH STATEMENT EXECUTE FUNCTION close_on_board();
+ALTER TABLE claude_sessions ENABLE ALWAYS TRIGGER claude_sessions_set_back_trigger;
+ALTER TABLE claude_sessions ENABLE ALWAYS TRIGGER claude_sessions_changed_trigger;
+ALTER TABLE claude_sessions ENABLE ALWAYS TRIGGER claude_sessions_deleted_trigger;
+ALTER TABLE claude_sessions ENABLE ALWAYS TRIGGER claude_sessions_truncated_trigger;
 
 -- No row trigger sees a TRUNCATE: it would leave the mirrors behind.
 CREATE TRIGGER claude_sessions_truncate_trigger

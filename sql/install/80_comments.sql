@@ -122,7 +122,8 @@ COMMENT ON FUNCTION latest_heartbeat(oid, text, timestamptz) IS
     'A session''s last sign of life: the later one of the heartbeat board in shared memory and what its row (the third argument) says. The first argument is the row''s tableoid.';
 COMMENT ON FUNCTION heartbeat_board() IS
     'The heartbeat board in shared memory, if there is one: for how many sessions of the server it was made (pg_claims.max_sessions), how many it holds, and how many times it had no room for one, which then beat in the table.';
-COMMENT ON FUNCTION forget_heartbeat() IS 'Trigger: the heartbeat board forgets a session that was deleted, or whose heartbeat was set back.';
+COMMENT ON FUNCTION forget_heartbeat() IS 'Trigger: the heartbeat board forgets a heartbeat that was set back; an infinite one is refused.';
+COMMENT ON FUNCTION close_on_board() IS 'Trigger: the table answers the next heartbeat of a session that was changed or is gone.';
 COMMENT ON FUNCTION lease_expires_at(timestamptz, timestamptz, interval, timestamptz) IS
     'When a session with this heartbeat, announced silence, lease of its own and time of claim counts as stale: the one rule of liveness.';
 COMMENT ON FUNCTION claim_reclaimable_at(timestamptz, timestamptz, interval, timestamptz) IS

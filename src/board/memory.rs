@@ -70,7 +70,7 @@ pub struct Board {
 
 thread_local! {
     static BOARD: Cell<Option<Board>> = const { Cell::new(None) };
-    /// Whether the server set memory aside at its start.
+    /// Whether the server was to set memory aside at its start.
     static PRELOADED: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -83,7 +83,11 @@ pub fn init() {
     // SAFETY: runs in _PG_init, in the one thread of the postmaster; hooks are chained as the server
     // asks for.
     unsafe {
-        if !pg_sys::process_shared_preload_libraries_in_progress || guc::max_sessions() == 0 {
+        if !pg_sys::process_shared_preload_libraries_in_progress {
+            return;
+        }
+        PRELOADED.set(true);
+        if guc::max_sessions() == 0 {
             return;
         }
         #[cfg(feature = "pg14")]
@@ -127,10 +131,9 @@ extern "C-unwind" fn startup_hook() {
         let mut found = false;
         let memory = pg_sys::ShmemInitStruct(NAME.as_ptr(), layout.size(), &mut found);
         if !found {
-            prepare(memory, layout);
+            prepare(memory, layout, guc::max_sessions());
         }
         BOARD.set(Board::at(memory));
-        PRELOADED.set(true);
         if !found {
             saved::restore();
             pg_sys::on_shmem_exit(Some(saved::at_exit), pg_sys::Datum::null());
@@ -142,13 +145,13 @@ extern "C-unwind" fn startup_hook() {
 ///
 /// # Safety
 /// `memory` must have the size of `layout`, and nobody else may see it yet.
-unsafe fn prepare(memory: *mut c_void, layout: Layout) {
+unsafe fn prepare(memory: *mut c_void, layout: Layout, sessions: usize) {
     // SAFETY: as promised. A header and entries of zeros are valid, and an entry of zeros is free.
     unsafe {
         memory.cast::<u8>().write_bytes(0, layout.size());
         let tranche = pg_sys::LWLockNewTrancheId();
         let header = &*memory.cast::<Header>();
-        header.capacity.store(guc::max_sessions() as u64, Ordering::Relaxed);
+        header.capacity.store(sessions as u64, Ordering::Relaxed);
         header.shelves.store(layout.shelves as u32, Ordering::Relaxed);
         header.entries_per_shelf.store(layout.entries_per_shelf as u32, Ordering::Relaxed);
         header.tranche.store(tranche, Ordering::Relaxed);
@@ -285,6 +288,10 @@ fn find() -> Option<Board> {
 /// first who needed it was told by the setting.
 #[cfg(any(feature = "pg17", feature = "pg18"))]
 fn find() -> Option<Board> {
+    thread_local! {
+        /// What the memory is prepared for: its callback takes no argument, and must ask nobody.
+        static SIZE: Cell<usize> = const { Cell::new(0) };
+    }
     #[pgrx::pg_guard]
     extern "C-unwind" fn prepare_size(memory: *mut c_void) {
         // SAFETY: the server gives memory of the size asked for.
@@ -293,7 +300,7 @@ fn find() -> Option<Board> {
     #[pgrx::pg_guard]
     extern "C-unwind" fn prepare_board(memory: *mut c_void) {
         // SAFETY: likewise, and nobody else sees it before this has returned.
-        unsafe { prepare(memory, Layout::for_sessions(size_of_board())) };
+        unsafe { prepare(memory, Layout::for_sessions(SIZE.get()), SIZE.get()) };
     }
     fn size_of_board() -> usize {
         let mut found = false;
@@ -309,12 +316,14 @@ fn find() -> Option<Board> {
             .read() as usize
         }
     }
-    // Whoever preloads with a size of 0 wants none.
+    // Whoever preloads with a size of 0 wants none. Otherwise all must agree whether there is one, so what
+    // the setting says now does not count.
     // SAFETY: a flag of the server's.
-    if PRELOADED.get() || guc::max_sessions() == 0 || !unsafe { pg_sys::IsUnderPostmaster } {
+    if PRELOADED.get() || !unsafe { pg_sys::IsUnderPostmaster } {
         return None;
     }
     let size = size_of_board();
+    SIZE.set(size);
     if size == 0 {
         return None;
     }

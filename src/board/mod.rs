@@ -9,11 +9,26 @@
 mod memory;
 mod saved;
 
+use std::cell::Cell;
+
 use pg_claims_core::board::{Entry, Held, Key};
 use pgrx::pg_sys;
 
 use memory::Board;
 pub use memory::init;
+
+thread_local! {
+    static TIMES_CLOSED: Cell<u64> = const { Cell::new(0) };
+}
+
+/// How many times this process has closed entries.
+pub fn times_closed() -> u64 {
+    TIMES_CLOSED.get()
+}
+
+fn count_closed() {
+    TIMES_CLOSED.set(TIMES_CLOSED.get() + 1);
+}
 
 /// A session's entry on the board.
 #[derive(Debug, Clone, Copy)]
@@ -61,9 +76,11 @@ impl<'a> Place<'a> {
         }
     }
 
-    /// From now on the table answers, as what the session holds is about to change. Before the row is
-    /// looked at under its lock: a heartbeat that came before is seen, one that comes after waits.
+    /// From now on the table answers, as what the session holds is about to change. Once its row is
+    /// locked, and before its lease is looked at: a heartbeat that came before is seen, one that comes
+    /// after waits.
     pub fn close(self) {
+        count_closed();
         let key = self.key();
         let Some(board) = Board::get() else { return };
         board.exclusive(&key, |shelf, hash| {
@@ -73,8 +90,21 @@ impl<'a> Place<'a> {
         });
     }
 
+    /// A heartbeat that lies in the future counts as given at `now`; the table answers the next one.
+    pub fn pull_back(self, now: i64) {
+        count_closed();
+        let key = self.key();
+        let Some(board) = Board::get() else { return };
+        board.exclusive(&key, |shelf, hash| {
+            if let Some(entry) = shelf.find(&key, hash) {
+                entry.pull_back(now);
+            }
+        });
+    }
+
     /// Forgets the session.
     pub fn remove(self) {
+        count_closed();
         let key = self.key();
         let Some(board) = Board::get() else { return };
         board.exclusive(&key, |shelf, hash| shelf.remove(&key, hash));
@@ -94,6 +124,7 @@ impl<'a> Place<'a> {
 
 /// From now on the table answers for all sessions of `table`.
 pub fn close_all(table: pg_sys::Oid) {
+    count_closed();
     let Some(board) = Board::get() else { return };
     board.each_exclusive(|shelf| {
         shelf.entries().filter(|entry| is_in(entry, table)).for_each(Entry::close);

@@ -31,7 +31,9 @@ pub extern "C-unwind" fn at_exit(code: i32, _nothing: pg_sys::Datum) {
     if lines.is_empty() {
         return;
     }
-    if let Err(error) = fs::write(FILE, lines) {
+    // Whole or not at all.
+    let unfinished = format!("{FILE}.tmp");
+    if let Err(error) = fs::write(&unfinished, lines).and_then(|()| fs::rename(&unfinished, FILE)) {
         pgrx::log!("pg_claims: could not keep the last heartbeats in \"{FILE}\": {error}");
     }
 }
@@ -53,7 +55,7 @@ pub fn restore() {
     for line in lines.lines() {
         let Some((key, beat_at)) = parsed(line) else {
             pgrx::log!("pg_claims: \"{FILE}\" has a line that is no heartbeat");
-            return;
+            continue;
         };
         let (shelf, hash) = board.shelf(&key);
         if let Some(entry) = shelf.find_or_make(&key, hash) {

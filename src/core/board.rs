@@ -203,6 +203,12 @@ impl Entry {
         self.beat_at.fetch_max(at, ORDER);
     }
 
+    /// A heartbeat that lies in the future counts as given at `now`. Closes the entry.
+    pub fn pull_back(&self, now: i64) {
+        self.beat_at.fetch_min(now, ORDER);
+        self.close();
+    }
+
     fn occupy(&self, key: &Key<'_>, hash: u32) {
         self.database.store(key.database, ORDER);
         self.table.store(key.table, ORDER);

@@ -50,21 +50,38 @@ pub fn beat(
     owner_role: Role,
     claim_id: Option<i64>,
 ) -> Result<Option<(Beat, Option<i64>)>> {
-    let is_first_write = !time::has_written();
+    let undisturbed = Undisturbed::new();
     let Some(row) =
         db.first_row(&BEAT, &[session_id.into(), owner_role.0.into(), claim_id.into()])?
     else {
         return Ok(None);
     };
     let (beat, lost) = read_beat(&row, session_id.to_owned())?;
-    if is_first_write && lost.is_none() {
+    if undisturbed.still() && lost.is_none() {
         open_on_board(db, &beat, owner_role)?;
     }
     Ok(Some((beat, lost)))
 }
 
-/// Lets the board answer from now on. The row is locked; what it says is committed, as long as this
-/// transaction has written nothing before. A session that lost a claim is told so by the table.
+/// Tells whether what a heartbeat finds in the table is committed and still so when it is there: this
+/// transaction has written nothing before, and no trigger has changed a session since.
+struct Undisturbed {
+    is_first_write: bool,
+    closed: u64,
+}
+
+impl Undisturbed {
+    fn new() -> Self {
+        Self { is_first_write: !time::has_written(), closed: board::times_closed() }
+    }
+
+    fn still(&self) -> bool {
+        self.is_first_write && self.closed == board::times_closed()
+    }
+}
+
+/// Lets the board answer from now on: the row is locked, and undisturbed. A session that lost a claim is
+/// told so by the table.
 fn open_on_board(db: &Db<'_>, beat: &Beat, owner_role: Role) -> Result<()> {
     let held = Held { owner: owner_role.0.to_u32(), claim: beat.sd_id.clone().zip(beat.claim_id) };
     let place = Place::of(db.catalog()?.sessions, &beat.session_id);
@@ -144,7 +161,7 @@ static BEAT_MANY: Statement = Statement::new(
 
 /// Records a sign of life of each session, which must be distinct; says what was found, in order.
 pub fn beat_many(db: &Db<'_>, session_ids: &[String]) -> Result<Vec<(String, Found)>> {
-    let is_first_write = !time::has_written();
+    let undisturbed = Undisturbed::new();
     let mut rows = db.run(&BEAT_MANY, &[session_ids.to_vec().into()])?;
     let mut found = Vec::with_capacity(session_ids.len());
     while rows.next().is_some() {
@@ -152,7 +169,7 @@ pub fn beat_many(db: &Db<'_>, session_ids: &[String]) -> Result<Vec<(String, Fou
         let state = match (rows.instant(1)?, rows.text(6)?) {
             (Some(_), _) => {
                 let (beat, lost) = read_beat(&rows, session_id.clone())?;
-                if is_first_write && lost.is_none() {
+                if undisturbed.still() && lost.is_none() {
                     open_on_board(db, &beat, rows.role(7, "claude_sessions.owner_role")?)?;
                 }
                 Found::Beaten(Box::new(beat), lost)
@@ -197,7 +214,7 @@ static WRITE: Statement = Statement::new(
 /// How many heartbeats are written at once.
 const WRITE_BATCH: usize = 1000;
 
-/// What [`write_board`] wrote, to be noted once that is committed.
+/// What [`write`] wrote, to be noted once that is committed.
 #[derive(Default)]
 pub struct Written {
     table: Option<pg_sys::Oid>,
@@ -215,18 +232,20 @@ impl Written {
         for session_id in &self.gone {
             Place::of(table, session_id).remove();
         }
-        board::sweep(table);
         !self.written.is_empty() || !self.gone.is_empty()
     }
 }
 
-/// Writes heartbeats from the board to the table, where that is behind by half a lease.
-pub fn write_board(db: &Db<'_>) -> Result<Written> {
-    let table = db.catalog()?.sessions;
+/// Heartbeats on the board where the table is behind by half a lease.
+pub fn unwritten(db: &Db<'_>) -> Result<Vec<(String, i64)>> {
     let lag = guc::lease_rules().stale_after / 2;
-    let unwritten =
-        board::unwritten(table, lag.num_microseconds().unwrap_or(i64::MAX), WRITE_BATCH);
-    let mut done = Written { table: Some(table), ..Written::default() };
+    let lag = lag.num_microseconds().unwrap_or(i64::MAX);
+    Ok(board::unwritten(db.catalog()?.sessions, lag, WRITE_BATCH))
+}
+
+/// Writes such heartbeats to the table.
+pub fn write(db: &Db<'_>, unwritten: Vec<(String, i64)>) -> Result<Written> {
+    let mut done = Written { table: Some(db.catalog()?.sessions), ..Written::default() };
     if unwritten.is_empty() {
         return Ok(done);
     }
@@ -249,6 +268,12 @@ pub fn write_board(db: &Db<'_>) -> Result<Written> {
         }
     }
     Ok(done)
+}
+
+/// Forgets sessions on the board that the table answers for anyway.
+pub fn sweep_board(db: &Db<'_>) -> Result<()> {
+    board::sweep(db.catalog()?.sessions);
+    Ok(())
 }
 
 /// Whether the board has heartbeats that the table has not.

@@ -9,6 +9,7 @@ use super::row::Row;
 use super::session;
 use super::statement::{Db, Statement, required};
 use super::time;
+use crate::board::Place;
 use crate::error::Result;
 
 /// The reason recorded for a session that was ended because nothing was heard of it.
@@ -136,13 +137,23 @@ static SILENT_SESSIONS: Statement = Statement::new(
     &[FLOAT8OID, INT4OID],
 );
 
-/// Ends up to `size` sessions that hold nothing and whose lease ended so long ago.
-pub fn end_silent_sessions(db: &Db<'_>, silence: TimeDelta, size: i32) -> Result<usize> {
+fn silent_sessions(db: &Db<'_>, silence: TimeDelta, size: i32) -> Result<Vec<String>> {
     let mut rows = db.run(&SILENT_SESSIONS, &[age::seconds(silence).into(), size.into()])?;
     let mut silent = Vec::new();
     while rows.next().is_some() {
         silent.push(rows.required_text(1, "claude_sessions.session_id")?);
     }
+    Ok(silent)
+}
+
+/// Ends up to `size` sessions that hold nothing and whose lease ended so long ago.
+pub fn end_silent_sessions(db: &Db<'_>, silence: TimeDelta, size: i32) -> Result<usize> {
+    // Those that beat until the board was closed to them do not come again.
+    let table = db.catalog()?.sessions;
+    for session_id in silent_sessions(db, silence, size)? {
+        Place::of(table, &session_id).close();
+    }
+    let silent = silent_sessions(db, silence, size)?;
     for session_id in &silent {
         session::end(db, session_id, None, SILENT, false)?;
     }

@@ -228,6 +228,22 @@ pub fn end(
     db.first_row(&END, &arguments)?.map(|row| read_state(&row)).transpose()
 }
 
+static TRY_HOLD: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT 1 FROM {}.claude_sessions WHERE session_id = $1 AND claim_id = $2
+                FOR NO KEY UPDATE SKIP LOCKED",
+            c.schema
+        )
+    },
+    &[TEXTOID, INT8OID],
+);
+
+/// Locks a session that holds `claim_id`, unless somebody else is writing it.
+pub fn try_hold(db: &Db<'_>, session_id: &str, claim_id: i64) -> Result<bool> {
+    Ok(db.first_row(&TRY_HOLD, &[session_id.into(), claim_id.into()])?.is_some())
+}
+
 static STATE_OF: Statement = Statement::new(
     |c| format!("SELECT {STATE} FROM {}.claude_sessions s WHERE s.session_id = $1", c.schema),
     &[TEXTOID],

@@ -6,7 +6,7 @@ use pgrx::heap_tuple::PgHeapTuple;
 use pgrx::{PgSqlErrorCode, WhoAllocated};
 
 use super::{Row, run};
-use crate::board::Place;
+use crate::board::{self, Place};
 use crate::error::{ClaimError, Result};
 
 /// The table alone says when the session last beat, and answers its next heartbeat.
@@ -16,14 +16,28 @@ pub fn forget_heartbeat<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
         if let Some(new) = trigger.new() {
             check_finite(&new)?;
         }
-        let old = trigger.old();
-        if let Some(session_id) =
-            old.and_then(|row| super::column::<String, _>(&row, "session_id").ok()?)
-        {
+        if let Some(session_id) = session_of(trigger) {
             Place::of(trigger.relid()?, &session_id).remove();
         }
         Ok(None)
     })
+}
+
+/// The table answers the next heartbeats of a session that was changed or is gone, or of all. Their last
+/// ones are kept: this may yet be rolled back.
+#[pg_trigger]
+pub fn close_on_board<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
+    run(|| {
+        match session_of(trigger) {
+            Some(session_id) => Place::of(trigger.relid()?, &session_id).close(),
+            None => board::close_all(trigger.relid()?),
+        }
+        Ok(None)
+    })
+}
+
+fn session_of(trigger: &PgTrigger<'_>) -> Option<String> {
+    super::column::<String, _>(&trigger.old()?, "session_id").ok()?
 }
 
 /// An infinite heartbeat would be immortal, or stale for ever.

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::session::claimed_by_another;
 use super::{Row, SessionRow, is_restoring, run, session_rows};
-use crate::board;
+use crate::board::Place;
 use crate::error::{ClaimError, Result};
 use crate::spi::event::{self, Event, EventType};
 use crate::spi::{Db, claim, manager, session, time};
@@ -144,7 +144,9 @@ fn ended(
     let (event_type, detail) = match taken_over_by {
         Some(session_id) => (EventType::TakenOver, json!({ "taken_over_by": session_id })),
         None if claim::reap::is_reaping(claim_id) => {
-            if old.stale_noted_for != old.heartbeat_at {
+            let on_board = Place::of(db.catalog()?.sessions, &old.session_id).latest();
+            let latest = old.heartbeat_at.max(on_board.map(time::from_microseconds));
+            if old.stale_noted_for != latest {
                 event::record(db, plain(EventType::Stale, old, None))?;
             }
             (EventType::Reaped, json!({}))
@@ -185,11 +187,7 @@ pub fn refuse_truncate_while_claimed<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> 
             return Err(ClaimError::NeedsReadCommitted { what: "truncate sessions or claims" });
         }
         match Db::connect(session::any_holder)? {
-            None => {
-                // Nobody holds anything, and soon there may be no session any more.
-                board::close_all(trigger.relid()?);
-                Ok(None)
-            }
+            None => Ok(None),
             Some(holder) => Err(ClaimError::DirectWrite {
                 code: PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
                 message: format!("cannot truncate \"{table}\" while SDs are claimed"),

@@ -5,7 +5,7 @@ use pg_claims_core::{age, id, text};
 use pgrx::datum::Interval;
 use pgrx::heap_tuple::PgHeapTuple;
 use pgrx::prelude::*;
-use pgrx::{AllocatedByRust, JsonB, PgSqlErrorCode, WhoAllocated};
+use pgrx::{AllocatedByRust, PgSqlErrorCode, WhoAllocated};
 
 use chrono::TimeDelta;
 
@@ -67,10 +67,6 @@ fn check_values<A: WhoAllocated>(tuple: &PgHeapTuple<'_, A>, row: &SessionRow) -
             "a lease must be longer than nothing".into(),
             "Write NULL for the usual one.",
         ));
-    }
-    let metadata = column::<JsonB, A>(tuple, "metadata")?;
-    if metadata.is_some_and(|metadata| !metadata.0.is_object()) {
-        return Err(refused("metadata must be an object".into(), "Write {} for none."));
     }
     Ok(())
 }

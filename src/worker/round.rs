@@ -242,16 +242,30 @@ fn release_ended_connections(run: &mut health::Run) -> bool {
     !ended.is_empty()
 }
 
-/// Writes heartbeats from the board to the table.
+/// Writes heartbeats from the board to the table: in batches, each by itself where a batch fails.
 fn write_board(run: &mut health::Run) -> bool {
+    const WHAT: &CStr = c"pg_claims: writing heartbeats";
     let mut any = false;
-    // Noted only once it is committed; each step is a transaction.
-    while step(run, c"pg_claims: writing heartbeats", heartbeat::write_board)
-        .is_some_and(heartbeat::Written::note)
-    {
+    loop {
+        let unwritten = step(run, WHAT, heartbeat::unwritten).unwrap_or_default();
+        if unwritten.is_empty() {
+            step(run, WHAT, heartbeat::sweep_board);
+            return any;
+        }
+        let batch = unwritten.clone();
+        // Noted only once it is committed; each step is a transaction.
+        let Ok(written) = try_step(STEP_LIMIT, WHAT, |db| heartbeat::write(db, batch)) else {
+            for one in unwritten {
+                any |= step(run, WHAT, |db| heartbeat::write(db, vec![one]))
+                    .is_some_and(heartbeat::Written::note);
+            }
+            return any;
+        };
+        if !written.note() {
+            return any;
+        }
         any = true;
     }
-    any
 }
 
 /// Notes stale sessions, warns of old claims, and reaps: from where the last run was broken off, and

@@ -165,6 +165,34 @@ fn the_board_never_answers_with_what_is_no_longer_so() {
     assert_eq!(beat(&mut other, "s3")["sd_id"], "SD-6", "in its own transaction");
     other.batch_execute("ROLLBACK").unwrap();
     assert_eq!(beat(&mut c, "s3")["claim_id"], held);
+    // Writes that no ordinary trigger sees, and a trigger of the user's that ends the claim while the
+    // session beats.
+    granted(&mut other, "SD-7", "s2");
+    on_board(&mut c, "s2");
+    other
+        .batch_execute(
+            "SET session_replication_role = replica;
+             UPDATE claude_sessions SET sd_id = NULL, claim_id = NULL, claimed_at = NULL, status = 'idle' WHERE session_id = 's2';
+             UPDATE sd_claims SET released_at = now(), release_reason = 'by hand' WHERE session_id = 's2' AND released_at IS NULL;
+             UPDATE strategic_directives_v2 SET is_working_on = false, active_session_id = NULL WHERE sd_id = 'SD-7';
+             RESET session_replication_role",
+        )
+        .unwrap();
+    assert_eq!(beat(&mut c, "s2")["claim_id"], Value::Null);
+    granted(&mut other, "SD-7", "s2");
+    other
+        .batch_execute(
+            "CREATE FUNCTION let_go() RETURNS trigger LANGUAGE plpgsql AS
+             $$ BEGIN UPDATE public.claude_sessions SET sd_id = NULL WHERE session_id = 's2'; RETURN NULL; END $$;
+             CREATE TRIGGER let_go AFTER UPDATE OF heartbeat_at ON claude_sessions FOR EACH ROW
+             WHEN (NEW.session_id = 's2' AND NEW.sd_id IS NOT NULL) EXECUTE FUNCTION let_go()",
+        )
+        .unwrap();
+    beat(&mut c, "s2");
+    assert_eq!(beat(&mut c, "s2")["claim_id"], Value::Null);
+    other.batch_execute("DROP TRIGGER let_go ON claude_sessions").unwrap();
+    granted(&mut other, "SD-7", "s2");
+    release(&mut other, "s2");
     // A session that is deleted, truncated, ended, or given to another role.
     on_board(&mut c, "s3");
     json(&mut other, "SELECT end_session('s3')", &[]);
@@ -280,6 +308,36 @@ fn the_worker_writes_the_board_to_the_table_and_clears_it() {
         json(&mut c, "SELECT cleanup_stale_sessions()", &[]);
         entries(&mut c) == 0
     });
+    server.discard().unwrap();
+}
+
+#[test]
+fn what_is_rolled_back_or_set_right_costs_no_heartbeat() {
+    let (server, mut c) = boarded("board-rollback", &[]);
+    granted(&mut c, "SD-1", "s1");
+    for _ in 0..2 {
+        beat(&mut c, "s1");
+    }
+    let (in_table, counts) = heartbeats(&mut c, "s1");
+    assert!(counts > in_table);
+    c.batch_execute(
+        "BEGIN; DELETE FROM claude_sessions WHERE session_id = 's1'; ROLLBACK;
+         BEGIN; UPDATE claude_sessions SET silent_until = now() WHERE session_id = 's1';
+         SELECT cleanup_stale_sessions(); ROLLBACK",
+    )
+    .unwrap();
+    assert_eq!(heartbeats(&mut c, "s1"), (in_table, counts));
+    // A snapshot that does not know a session says nothing about it.
+    let mut old = connect(&server, "postgres");
+    old.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1 FROM claude_sessions")
+        .unwrap();
+    register(&mut c, "s4");
+    for _ in 0..2 {
+        beat(&mut c, "s4");
+    }
+    let seen = heartbeats(&mut c, "s4");
+    old.batch_execute("SELECT cleanup_stale_sessions(); COMMIT").unwrap();
+    assert_eq!(heartbeats(&mut c, "s4"), seen);
     server.discard().unwrap();
 }
 

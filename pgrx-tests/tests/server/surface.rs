@@ -10,6 +10,7 @@ function claim_next_sd(text,text)
 function claim_reclaimable_at(timestamp with time zone,timestamp with time zone,interval,timestamp with time zone)
 function claim_sd(text,text,text)
 function cleanup_stale_sessions(integer,integer)
+function close_on_board()
 function complete_session_write()
 function declare_conflict(text,text,text,text)
 function dependency_cycles()
@@ -114,10 +115,12 @@ fn indexes_and_triggers_are_exactly_these() {
 index sd_conflict_matrix_open_b_idx
 index strategic_directives_v2_parent_idx
 index strategic_directives_v2_queue_idx
+trigger claude_sessions_changed_trigger on claude_sessions
 trigger claude_sessions_complete_trigger on claude_sessions
 trigger claude_sessions_deleted_trigger on claude_sessions
 trigger claude_sessions_set_back_trigger on claude_sessions
 trigger claude_sessions_truncate_trigger on claude_sessions
+trigger claude_sessions_truncated_trigger on claude_sessions
 trigger directive_binding_trigger on directive_binding
 trigger pg_claims_deleted on strategic_directives_v2
 trigger pg_claims_finished on strategic_directives_v2
@@ -195,6 +198,7 @@ fn everything_has_a_comment_and_functions_pin_their_search_path() {
     let touch_no_table = [
         "check_guarded_write",
         "claim_reclaimable_at",
+        "close_on_board",
         "dependency_keys",
         "forget_heartbeat",
         "heartbeat_age_human",

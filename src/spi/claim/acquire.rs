@@ -20,7 +20,7 @@ use super::{Ending, Granting};
 use crate::board::Place;
 use crate::error::{ClaimError, Result};
 use crate::guc;
-use crate::spi::session::Session;
+use crate::spi::session::{self, Session};
 use crate::spi::statement::{Db, Statement};
 use crate::spi::time;
 use crate::spi::{conflict, directive, guard};
@@ -126,7 +126,7 @@ pub fn acquire(
                 }
                 // A stale owner whose row somebody is writing may be beating this very moment.
                 if let Some(owner) = loser.as_ref().filter(|_| queued.is_some())
-                    && !try_hold_session(db, &owner.session_id, owner.claim_id)?
+                    && !session::try_hold(db, &owner.session_id, owner.claim_id)?
                 {
                     return Ok(Err(Refusal::SdBusy { sd_id }));
                 }
@@ -281,22 +281,6 @@ fn hold_session(db: &Db<'_>, session_id: &str, held: Option<i64>) -> Result<bool
     Ok(db.first_row(&HOLD_SESSION, &[session_id.into(), held.into()])?.is_some())
 }
 
-static TRY_HOLD_SESSION: Statement = Statement::new(
-    |c| {
-        format!(
-            "SELECT 1 FROM {}.claude_sessions WHERE session_id = $1 AND claim_id = $2
-                FOR NO KEY UPDATE SKIP LOCKED",
-            c.schema
-        )
-    },
-    &[TEXTOID, INT8OID],
-);
-
-/// Locks a session that holds `claim_id`, unless somebody else is writing it.
-fn try_hold_session(db: &Db<'_>, session_id: &str, claim_id: i64) -> Result<bool> {
-    Ok(db.first_row(&TRY_HOLD_SESSION, &[session_id.into(), claim_id.into()])?.is_some())
-}
-
 // Waits for a heartbeat that is being written, then compares against the row as that left it: a
 // heartbeat that was committed first wins.
 static EXPIRE: Statement = Statement::new(
@@ -327,8 +311,12 @@ fn expire(db: &Db<'_>, owner: &Owner, in_favour_of: &str, force: Option<&str>) -
         force.unwrap_or(TAKEN_OVER).into(),
         force.is_some().into(),
     ];
-    let _ending = Ending::new();
+    // Its row first: a heartbeat that is being written has then been, and none comes any more.
+    if !hold_session(db, &owner.session_id, Some(owner.claim_id))? {
+        return Ok(false);
+    }
     Place::of(db.catalog()?.sessions, &owner.session_id).close();
+    let _ending = Ending::new();
     Ok(db.first_row(&EXPIRE, &arguments)?.is_some())
 }
 

@@ -18,7 +18,7 @@ use crate::spi::catalog::Catalog;
 use crate::spi::event::{self, Event, EventType};
 use crate::spi::row::Row;
 use crate::spi::statement::{Db, Statement};
-use crate::spi::{directive, guard, heartbeat};
+use crate::spi::{directive, guard, heartbeat, session, time};
 
 /// When four fifths of the greatest age have passed, the audit warns.
 const WARN_AT: f64 = 0.8;
@@ -197,6 +197,9 @@ fn reap(db: &Db<'_>, candidate: &Candidate, policy: Policy) -> Result<bool> {
     {
         return Ok(false);
     }
+    if !session::try_hold(db, &candidate.session_id, candidate.claim_id)? {
+        return Ok(false);
+    }
     Place::of(db.catalog()?.sessions, &candidate.session_id).close();
     let _reaping = Reaping::new(candidate.claim_id);
     let _ending = super::Ending::new();
@@ -288,7 +291,8 @@ static PULL_BACK: Statement = Statement::new(
 /// A heartbeat in the future would keep its session alive until then: it counts as given now, so
 /// that the session has one full lease from here.
 pub fn pull_back(db: &Db<'_>, session_id: &str) -> Result<()> {
-    Place::of(db.catalog()?.sessions, session_id).remove();
+    let now = time::to_microseconds(time::now());
+    Place::of(db.catalog()?.sessions, session_id).pull_back(now);
     db.run(&PULL_BACK, &[session_id.into()])?;
     Ok(())
 }
