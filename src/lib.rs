@@ -1,8 +1,8 @@
 //! pg_claims: exclusive claims, leases and heartbeats for sessions that share one backlog.
 //!
 //! `core` (a crate of its own, without PostgreSQL) holds the rules, `spi` all SQL text, `api` the
-//! functions that SQL sees, `trigger` the triggers. `api` and `trigger` call `spi`, `spi` uses
-//! `core`; nothing points back up.
+//! functions that SQL sees, `trigger` the triggers, `board` the heartbeats in shared memory. `api` and
+//! `trigger` call `spi`, `spi` uses `board` and `core`; nothing points back up.
 
 mod api;
 mod board;
