@@ -10,6 +10,7 @@ mod bad_input;
 mod board;
 mod catching_up;
 mod claim;
+mod claim_next;
 mod conflict;
 mod direct_writes;
 mod dump_restore;

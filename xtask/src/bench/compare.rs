@@ -1,0 +1,316 @@
+//! The comparisons.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+
+use super::pgbench::Side;
+use super::report::Goal;
+use super::{
+    ASYNCHRONOUS, BEATING, Bench, CLIENTS, DURABLE, connect, explain, filled, load, scripts,
+};
+
+impl Bench {
+    pub(super) fn heartbeats_on_the_board(&mut self) -> Result<()> {
+        let sessions = self.sizes.sessions;
+        let database = filled(&self.server, "board", sessions, 0)?;
+        let mut client = connect(&self.server, database)?;
+        client.batch_execute(
+            "SELECT heartbeat_sessions(array_agg(session_id)) FROM claude_sessions",
+        )?;
+        let side = |script, options| Side {
+            server: &self.server,
+            database,
+            script,
+            clients: BEATING,
+            options,
+        };
+        let rates = self.plan.in_turns(&[
+            side(scripts::heartbeat(sessions), DURABLE),
+            side(scripts::no_op(sessions), DURABLE),
+            side(scripts::floor_heartbeat(sessions), DURABLE),
+        ])?;
+        let what = "heartbeat on the board";
+        self.find(1, what, [rates[0], rates[1]], "/s", "no-op C function", Goal::AtLeast(0.8));
+        self.find(1, what, [rates[0], rates[2]], "/s", "durable bare UPDATE", Goal::AtLeast(8.0));
+        Ok(())
+    }
+
+    pub(super) fn heartbeats_on_the_table(&mut self) -> Result<()> {
+        let sessions = self.sizes.sessions;
+        let database = filled(&self.table_server, "beats", sessions, 0)?;
+        for (how, options) in [("durable", DURABLE), ("asynchronous", ASYNCHRONOUS)] {
+            let side = |script| Side {
+                server: &self.table_server,
+                database,
+                script,
+                clients: BEATING,
+                options,
+            };
+            let rates = self.plan.in_turns(&[
+                side(scripts::heartbeat(sessions)),
+                side(scripts::floor_heartbeat(sessions)),
+            ])?;
+            let what = format!("heartbeat on the table, {how}");
+            self.find(2, &what, [rates[0], rates[1]], "/s", "bare UPDATE", Goal::AtLeast(0.9));
+        }
+        Ok(())
+    }
+
+    pub(super) fn cycles(&mut self) -> Result<()> {
+        let sessions = self.sizes.sessions;
+        let database = filled(&self.server, "cycle", sessions, 0)?;
+        let side = |script| Side {
+            server: &self.server,
+            database,
+            script,
+            clients: CLIENTS,
+            options: ASYNCHRONOUS,
+        };
+        let rates = self.plan.in_turns(&[
+            side(scripts::cycle(sessions, CLIENTS)),
+            side(scripts::floor_cycle(sessions, CLIENTS)),
+            side(scripts::peer_cycle(sessions, CLIENTS)),
+        ])?;
+        let what = "claim and release";
+        self.find(3, what, [rates[0], rates[1]], "/s", "the bare writes", Goal::AtLeast(0.85));
+        self.find(3, what, [rates[0], rates[2]], "/s", "PL/pgSQL", Goal::AtLeast(2.0));
+        Ok(())
+    }
+
+    pub(super) fn refusals(&mut self) -> Result<()> {
+        let sessions = self.sizes.sessions;
+        let held = sessions / 2;
+        let database = filled(&self.server, "refusal", sessions, held)?;
+        let side = |script| Side {
+            server: &self.server,
+            database,
+            script,
+            clients: BEATING,
+            options: DURABLE,
+        };
+        let rates = self.plan.in_turns(&[
+            side(scripts::refusal(sessions, held)),
+            side(scripts::floor_select(sessions, held)),
+        ])?;
+        self.find(
+            4,
+            "refusal",
+            [rates[0], rates[1]],
+            "/s",
+            "bare SELECT by key",
+            Goal::AtLeast(0.5),
+        );
+        Ok(())
+    }
+
+    pub(super) fn growth(&mut self) -> Result<()> {
+        let (few, many) = (self.sizes.few, self.sizes.many);
+        let held = few / 2;
+        let small = filled(&self.server, "few", few, held)?;
+        let big = filled(&self.server, "many", many, held)?;
+        let side = |database, script, options| Side {
+            server: &self.server,
+            database,
+            script,
+            clients: CLIENTS,
+            options,
+        };
+        // Of the SDs that nobody holds.
+        let cycles = self.plan.in_turns(&[
+            side(big, scripts::cycle(many - held, CLIENTS), ASYNCHRONOUS),
+            side(small, scripts::cycle(few - held, CLIENTS), ASYNCHRONOUS),
+        ])?;
+        let refusals = self.plan.in_turns(&[
+            side(big, scripts::refusal(many, held), DURABLE),
+            side(small, scripts::refusal(few, held), DURABLE),
+        ])?;
+        let theirs = format!("with {few}");
+        let what = format!("claim and release with {many} SDs and sessions");
+        self.find(5, &what, [cycles[0], cycles[1]], "/s", &theirs, Goal::AtLeast(0.85));
+        let what = format!("refusal with {many} SDs and sessions");
+        self.find(5, &what, [refusals[0], refusals[1]], "/s", &theirs, Goal::AtLeast(0.85));
+        Ok(())
+    }
+
+    pub(super) fn views(&mut self) -> Result<()> {
+        let view = self.sizes.view;
+        let big = filled(&self.server, "many", self.sizes.many, self.sizes.few / 2)?;
+        let mut client = connect(&self.server, big)?;
+        let plan = explain(
+            &mut client,
+            "EXPLAIN (FORMAT JSON) SELECT * FROM v_active_sessions WHERE sd_id = 'SD-77'",
+        )?;
+        let scans = plan.to_string().matches("Seq Scan").count() as f64;
+        // One and none, so that the ratio says how many more there are.
+        self.find(
+            6,
+            "tables read whole for one SD's session, plus 1",
+            [scans + 1.0, 1.0],
+            "",
+            "none, plus 1",
+            Goal::AtMost(1.0),
+        );
+
+        let database = filled(&self.server, "view", view, view / 2)?;
+        let mut client = connect(&self.server, database)?;
+        let whole = "SELECT * FROM v_active_sessions";
+        let bare = "SELECT id, session_id, sd_id, track, tty, pid, hostname, codebase, claimed_at, heartbeat_at,
+                    status, metadata, created_at,
+                    trunc(GREATEST(EXTRACT(EPOCH FROM clock_timestamp() - heartbeat_at), 0), 3),
+                    trunc(GREATEST(EXTRACT(EPOCH FROM clock_timestamp() - heartbeat_at), 0) / 60, 2),
+                    trunc(GREATEST(EXTRACT(EPOCH FROM heartbeat_at + interval '5 minutes' - clock_timestamp()), 0), 3),
+                    CASE WHEN heartbeat_at < clock_timestamp() - interval '5 minutes' THEN 'stale' ELSE status END,
+                    trunc(GREATEST(EXTRACT(EPOCH FROM clock_timestamp() - claimed_at), 0) / 60, 2),
+                    trunc(EXTRACT(EPOCH FROM clock_timestamp() - heartbeat_at)) || 's ago'
+               FROM floor.claude_sessions WHERE status <> 'released'";
+        let times = self.plan.medians(2, |side| {
+            let sql = [whole, bare][side];
+            let plan =
+                explain(&mut client, &format!("EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) {sql}"))?;
+            plan[0]["Execution Time"].as_f64().context("EXPLAIN told no time")
+        })?;
+        let what = format!("v_active_sessions of {view}");
+        self.find(
+            6,
+            &what,
+            [times[0], times[1]],
+            "ms",
+            "bare scan with the same ages",
+            Goal::AtMost(2.0),
+        );
+        Ok(())
+    }
+
+    pub(super) fn reaping(&mut self) -> Result<()> {
+        let reaped = self.sizes.reaped;
+        let database = filled(&self.server, "reap", reaped, reaped)?;
+        let mut client = connect(&self.server, database)?;
+        // The worker would be first.
+        client.batch_execute("ALTER DATABASE reap SET pg_claims.auto_reap = off")?;
+        let mut client = connect(&self.server, database)?;
+        let times = self.plan.medians(2, |side| {
+            load::make_stale(&mut client, reaped)?;
+            let work = if side == 0 {
+                format!("SELECT cleanup_stale_sessions(NULL, {reaped})")
+            } else {
+                "WITH s AS (
+                     UPDATE floor.claude_sessions
+                        SET sd_id = NULL, claim_id = NULL, claimed_at = NULL, status = 'idle',
+                            released_at = clock_timestamp(), release_reason = 'reaped', updated_at = clock_timestamp()
+                      WHERE sd_id IS NOT NULL AND heartbeat_at < clock_timestamp() - interval '5 minutes'
+                  RETURNING session_id)
+                 INSERT INTO floor.session_lifecycle_events (event_type, session_id, actor, reason)
+                 SELECT 'reaped', session_id, current_user, 'reaped' FROM s".into()
+            };
+            let begin = Instant::now();
+            client.batch_execute(&work)?;
+            let took = begin.elapsed().as_secs_f64() * 1000.0;
+            load::check_all_ended(&mut client, side == 0)?;
+            Ok(took)
+        })?;
+        let what = format!("reaping {reaped} stale claims");
+        self.find(7, &what, [times[0], times[1]], "ms", "one UPDATE and INSERT", Goal::AtMost(3.0));
+        Ok(())
+    }
+
+    pub(super) fn queue(&mut self) -> Result<()> {
+        let many = self.sizes.many;
+        let database = filled(&self.server, "queue", many, 0)?;
+        let side = |script| Side {
+            server: &self.server,
+            database,
+            script,
+            clients: CLIENTS,
+            options: ASYNCHRONOUS,
+        };
+        let rates = self.plan.in_turns(&[side(scripts::next()), side(scripts::floor_next())])?;
+        let what = format!("claim_next_sd and release with {many} SDs");
+        self.find(
+            8,
+            &what,
+            [rates[0], rates[1]],
+            "/s",
+            "SKIP LOCKED and the bare writes",
+            Goal::AtLeast(0.7),
+        );
+        Ok(())
+    }
+
+    pub(super) fn held_snapshot(&mut self) -> Result<()> {
+        let (sessions, seconds) = (self.sizes.sessions, self.sizes.held_seconds);
+        let cases = [
+            ("claims", &self.server, "held", scripts::cycle(sessions, CLIENTS)),
+            ("heartbeats on the board", &self.server, "held", scripts::heartbeat(sessions)),
+            ("heartbeats on the table", &self.table_server, "held", scripts::heartbeat(sessions)),
+        ];
+        let mut found = Vec::new();
+        for (what, server, name, script) in cases {
+            let database = filled(server, name, sessions, 0)?;
+            let side = Side { server, database, script, clients: CLIENTS, options: ASYNCHRONOUS };
+            let before = self.plan.in_turns(std::slice::from_ref(&side))?[0];
+            let mut holder = connect(server, database)?;
+            holder.batch_execute(
+                "BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM claude_sessions",
+            )?;
+            // Under load for as long as the snapshot is held.
+            side.run(&self.plan.folder, seconds)?;
+            let after = self.plan.in_turns(std::slice::from_ref(&side))?[0];
+            holder.batch_execute("COMMIT")?;
+            found.push((what, [after, before]));
+        }
+        for (what, rates) in found {
+            let what = format!("{what} after a snapshot was held for {seconds} s");
+            self.find(9, &what, rates, "/s", "before", Goal::AtLeast(0.9));
+        }
+        Ok(())
+    }
+
+    pub(super) fn fleet(&mut self) -> Result<()> {
+        let (fleet, seconds) = (self.sizes.fleet, self.sizes.held_seconds);
+        for group in [50, 1] {
+            let database = filled(&self.server, "fleet", fleet, 0)?;
+            let seen = load::fleet(&self.server, database, fleet, group, seconds)?;
+            let how = if group == 1 { "singly".into() } else { format!("in groups of {group}") };
+            let what =
+                format!("size of {fleet} beating sessions, {how}, after {seconds} s ({seen})");
+            self.find(10, &what, seen.sizes, "MB", "before", Goal::AtMost(1.2));
+        }
+        Ok(())
+    }
+
+    pub(super) fn listeners(&mut self) -> Result<()> {
+        let sessions = self.sizes.sessions;
+        let database = filled(&self.server, "notify", sessions, 0)?;
+        let listening = load::listen(&self.server, database, self.sizes.listeners)?;
+        let side = Side {
+            server: &self.server,
+            database,
+            script: scripts::cycle(sessions, CLIENTS),
+            clients: CLIENTS,
+            options: ASYNCHRONOUS,
+        };
+        let mut admin = connect(&self.server, database)?;
+        let rates = self.plan.medians(2, |notify| {
+            let value = ["on", "off"][notify];
+            admin.batch_execute(&format!(
+                "ALTER DATABASE {database} SET pg_claims.notify = {value}"
+            ))?;
+            side.run(&self.plan.folder, self.plan.seconds)
+        })?;
+        let heard = listening.stop();
+        let what = format!(
+            "claim and release with {} listeners, who heard {heard} messages",
+            self.sizes.listeners
+        );
+        self.find(
+            11,
+            &what,
+            [rates[0], rates[1]],
+            "/s",
+            "pg_claims.notify off",
+            Goal::AtLeast(0.9),
+        );
+        Ok(())
+    }
+}
