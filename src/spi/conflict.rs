@@ -3,6 +3,7 @@
 use pg_claims_core::outcome::Conflict;
 use pgrx::pg_sys::BuiltinOid::TEXTOID;
 
+use super::catalog::Catalog;
 use super::row::Row;
 use super::statement::{Db, Statement};
 use crate::error::Result;
@@ -13,24 +14,29 @@ pub fn ordered<'a>(a: &'a str, b: &'a str) -> (&'a str, &'a str) {
     if a < b { (a, b) } else { (b, a) }
 }
 
-// Two claims of one pair meet at its row: the second one waits for the first, and under REPEATABLE
-// READ and SERIALIZABLE it is a serialization failure. In the order of the pairs' numbers, so that
-// claims with several pairs cannot wait for each other in a circle.
-static ENTER: Statement = Statement::new(
-    |c| {
-        format!(
-            "WITH pairs AS MATERIALIZED (
-                 SELECT conflict_id FROM {x}.sd_conflict_matrix
-                  WHERE (sd_id_a = $1 OR sd_id_b = $1) AND resolved_at IS NULL
-                    AND conflict_severity = 'blocking'
-                  ORDER BY conflict_id FOR NO KEY UPDATE)
+/// Blocking conflicts of the SD $1 that are in force.
+const OF_SD: &str = "(sd_id_a = $1 OR sd_id_b = $1) AND resolved_at IS NULL
+                     AND conflict_severity = 'blocking'";
+
+/// Enters the SD's pairs, waiting for whoever is in one or (`SKIP LOCKED`) passing it by.
+///
+/// Two claims of one pair meet at its row: the second one waits for the first, and under REPEATABLE READ
+/// and SERIALIZABLE it is a serialization failure. In the order of the pairs' numbers, so that claims with
+/// several pairs cannot wait for each other in a circle.
+fn enter_pairs(c: &Catalog, waiting: &str, answer: &str) -> String {
+    format!(
+        "WITH pairs AS MATERIALIZED (
+             SELECT conflict_id FROM {x}.sd_conflict_matrix
+              WHERE {OF_SD} ORDER BY conflict_id FOR NO KEY UPDATE {waiting}),
+              entered AS (
              UPDATE {x}.sd_conflict_matrix m SET last_claim_at = pg_catalog.clock_timestamp()
-               FROM pairs WHERE m.conflict_id = pairs.conflict_id",
-            x = c.schema
-        )
-    },
-    &[TEXTOID],
-);
+               FROM pairs WHERE m.conflict_id = pairs.conflict_id)
+         SELECT {answer}",
+        x = c.schema
+    )
+}
+
+static ENTER: Statement = Statement::new(|c| enter_pairs(c, "", "true"), &[TEXTOID]);
 
 /// Excludes concurrent claims on what the SD is in conflict with, until the transaction ends.
 pub fn enter(db: &Db<'_>, sd_id: &str) -> Result<()> {
@@ -38,24 +44,14 @@ pub fn enter(db: &Db<'_>, sd_id: &str) -> Result<()> {
     Ok(())
 }
 
-// As ENTER, of the pairs that nobody else has entered.
 static TRY_ENTER: Statement = Statement::new(
     |c| {
-        format!(
-            "WITH pairs AS MATERIALIZED (
-                 SELECT conflict_id FROM {x}.sd_conflict_matrix
-                  WHERE (sd_id_a = $1 OR sd_id_b = $1) AND resolved_at IS NULL
-                    AND conflict_severity = 'blocking'
-                  ORDER BY conflict_id FOR NO KEY UPDATE SKIP LOCKED),
-                  entered AS (
-                 UPDATE {x}.sd_conflict_matrix m SET last_claim_at = pg_catalog.clock_timestamp()
-                   FROM pairs WHERE m.conflict_id = pairs.conflict_id)
-             SELECT (SELECT pg_catalog.count(*) FROM pairs)
-                    = (SELECT pg_catalog.count(*) FROM {x}.sd_conflict_matrix
-                        WHERE (sd_id_a = $1 OR sd_id_b = $1) AND resolved_at IS NULL
-                          AND conflict_severity = 'blocking')",
-            x = c.schema
-        )
+        let all = format!(
+            "(SELECT pg_catalog.count(*) FROM pairs)
+             = (SELECT pg_catalog.count(*) FROM {}.sd_conflict_matrix WHERE {OF_SD})",
+            c.schema
+        );
+        enter_pairs(c, "SKIP LOCKED", &all)
     },
     &[TEXTOID],
 );

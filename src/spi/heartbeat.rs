@@ -214,7 +214,7 @@ static WRITE: Statement = Statement::new(
 /// How many heartbeats are written at once.
 const WRITE_BATCH: usize = 1000;
 
-/// What [`write`] wrote, to be noted once that is committed.
+/// What [`write()`] wrote, to be noted once that is committed.
 #[derive(Default)]
 pub struct Written {
     table: Option<pg_sys::Oid>,
