@@ -11,7 +11,6 @@ use chrono::TimeDelta;
 
 use super::board::check_finite;
 use super::{Row, SessionRow, column, is_restoring, run};
-use crate::board::Place;
 use crate::error::{ClaimError, Result};
 use crate::spi::claim::{self, Picture};
 use crate::spi::{Db, conflict, directive, time};
@@ -34,8 +33,6 @@ pub fn complete_session_write<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
         }
         let new = SessionRow::read(&tuple)?;
         check_values(&tuple, &new)?;
-        // Its row is locked: a heartbeat that comes now waits for what becomes of it.
-        Place::of(trigger.relid()?, &new.session_id).close();
         let whole = match &old {
             None => complete_insert(&new)?,
             Some(old) => complete_update(old, &new)?,
