@@ -10,8 +10,9 @@ pub const NUMBER: &str = "^[pP]?([0-9]{1,9})$";
 /// A priority's place in the order, the most urgent first: a word of [`WORDS`] in any case, or a
 /// number, so that `P0` is as urgent as `critical`. `None`, for what is neither, comes last.
 pub fn order_of(priority: &str) -> Option<u32> {
-    if let Some(place) = WORDS.iter().position(|word| priority.eq_ignore_ascii_case(word)) {
-        return u32::try_from(place).ok();
+    let mut places = WORDS.iter().zip(0..);
+    if let Some((_, place)) = places.find(|(word, _)| priority.eq_ignore_ascii_case(word)) {
+        return Some(place);
     }
     let digits = priority.strip_prefix(['p', 'P']).unwrap_or(priority);
     let is_number = (1..=9).contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_digit());

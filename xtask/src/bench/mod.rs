@@ -10,6 +10,7 @@ mod report;
 mod scripts;
 
 use std::fs;
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -149,11 +150,11 @@ pub fn run(layout: &Layout, choice: &Choice, options: &Options) -> Result<()> {
     }
     let table = report::table(&bench.findings);
     println!("\n{table}");
-    if options.quick || !options.only.is_empty() {
-        println!("A part, or a quick run: nothing was written, and its numbers say nothing.");
-    } else {
-        let minutes = begin.elapsed().as_secs() / 60;
-        bench.write(layout, &table, minutes)?;
+    let is_part = options.quick || !options.only.is_empty();
+    let folder = if is_part { layout.target().join("bench") } else { layout.root().join("docs") };
+    bench.write(&folder, &table, begin.elapsed().as_secs() / 60)?;
+    if is_part {
+        println!("A part, or a quick run: its numbers say nothing.");
     }
     bench.server.discard()?;
     bench.table_server.discard()
@@ -187,11 +188,11 @@ impl Bench {
         self.findings.push(finding);
     }
 
-    fn write(&self, layout: &Layout, table: &str, minutes: u64) -> Result<()> {
+    fn write(&self, folder: &Path, table: &str, minutes: u64) -> Result<()> {
         let mut client = connect(&self.server, "postgres")?;
         let version: String = client.query_one("SELECT version()", &[])?.get(0);
-        let docs = layout.root().join("docs");
-        fs::write(docs.join("benchmarks.svg"), report::chart(&self.findings))?;
+        fs::create_dir_all(folder)?;
+        fs::write(folder.join("benchmarks.svg"), report::chart(&self.findings))?;
         let text = format!(
             "# Benchmarks\n\nWritten by `cargo xtask bench`, which took {minutes} minutes. Trust the ratios: both sides of each ran on\n\
              one server, in turns of {seconds} s, {rounds} each; the number is the median.\n\n{table}\n\
@@ -208,8 +209,8 @@ impl Bench {
             settings = SETTINGS.join(", "),
             sessions = self.sizes.sessions,
         );
-        fs::write(docs.join("benchmarks.md"), text)?;
-        println!("Written: docs/benchmarks.md, docs/benchmarks.svg");
+        fs::write(folder.join("benchmarks.md"), text)?;
+        println!("Written: benchmarks.md and benchmarks.svg in {}", folder.display());
         Ok(())
     }
 }

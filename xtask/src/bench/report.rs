@@ -1,7 +1,5 @@
 //! What was measured, for a terminal, as Markdown and as a chart.
 
-use std::fmt::Write as _;
-
 /// One line of the report.
 pub struct Finding {
     /// The number of the comparison.
@@ -79,7 +77,7 @@ pub fn table(findings: &[Finding]) -> String {
                 format!("{cell}{}", " ".repeat(width - cell.chars().count().min(*width)))
             })
             .collect();
-        let _ = writeln!(text, "| {} |", cells.join(" | "));
+        text.push_str(&format!("| {} |\n", cells.join(" | ")));
     }
     text
 }
@@ -105,22 +103,20 @@ pub fn chart(findings: &[Finding]) -> String {
         let length = (share.min(2.0) * GOAL as f64) as usize;
         let color = if share >= 1.0 { "#2e7d32" } else { "#c62828" };
         let what = finding.what.replace('&', "&amp;").replace('<', "&lt;");
-        let _ = writeln!(
-            svg,
-            "<text x=\"10\" y=\"{}\">{}. {what}</text><rect x=\"{LEFT}\" y=\"{}\" width=\"{length}\" height=\"16\" fill=\"{color}\"/><text x=\"{}\" y=\"{}\">{:.2} (goal {goal})</text>",
+        svg.push_str(&format!(
+            "<text x=\"10\" y=\"{}\">{}. {what}</text><rect x=\"{LEFT}\" y=\"{}\" width=\"{length}\" height=\"16\" fill=\"{color}\"/><text x=\"{}\" y=\"{}\">{:.2} (goal {goal})</text>\n",
             y + 13,
             finding.number,
             y,
             LEFT + length + 6,
             y + 13,
             finding.ratio,
-        );
+        ));
     }
-    let _ = writeln!(
-        svg,
-        "<line x1=\"{0}\" y1=\"{ROW}\" x2=\"{0}\" y2=\"{1}\" stroke=\"black\" stroke-dasharray=\"4\"/>\n</svg>",
+    svg.push_str(&format!(
+            "<line x1=\"{0}\" y1=\"{ROW}\" x2=\"{0}\" y2=\"{1}\" stroke=\"black\" stroke-dasharray=\"4\"/>\n</svg>\n",
         LEFT + GOAL,
         height - ROW + 4,
-    );
+    ));
     svg
 }
