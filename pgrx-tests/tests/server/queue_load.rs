@@ -58,7 +58,9 @@ fn what_a_claim_from_the_queue_reads_does_not_grow_with_the_finished_ones() {
             assert_eq!(choosing.len(), 1, "{call}: {}", plans.join("\n\n"));
         }
         release(&mut c, "s1");
-        // Plans are made and kept meanwhile, and pages found.
+        // The first makes the plans and finds the pages. Later, too, a connection reads the catalog anew, and
+        // plans again, where the other tests of this server have sent it more invalidations than it took in:
+        // hence the median.
         let mut all = Vec::new();
         for n in 1..=10 {
             let pages = pages(&mut c, "claim_next_sd('s1')");
@@ -71,7 +73,8 @@ fn what_a_claim_from_the_queue_reads_does_not_grow_with_the_finished_ones() {
             all.push(pages);
         }
         eprintln!("{finished} finished: {all:?} pages");
-        all[9]
+        all.sort_unstable();
+        all[all.len() / 2]
     };
     let (few, many) = (read(1_000), read(1_000_000));
     // An index of a million keys is a level or two higher, which shows at each look at it.
