@@ -77,6 +77,15 @@ pub enum ClaimError {
         /// Who has the SD now, and since when.
         detail: String,
     },
+    /// A trigger of the user's has kept a session from being written.
+    #[error("session \"{session_id}\" could not be written")]
+    WriteRefused {
+        /// The session.
+        session_id: String,
+    },
+    /// A transaction that keeps one snapshot was to write a row that has changed since.
+    #[error("could not serialize access due to concurrent update")]
+    Serialization,
     /// A row of a guarded table was to be written without its SD's claim.
     #[error("rows of SD \"{sd_id}\" in table {table} can be written only under its claim")]
     Unguarded {
@@ -216,10 +225,11 @@ impl ClaimError {
             Self::DirectWrite { code, .. } | Self::UnfitTable { code, .. } => *code,
             Self::BacklogInUse { .. } => PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
             Self::ColumnGone { .. } => PgSqlErrorCode::ERRCODE_UNDEFINED_COLUMN,
-            Self::MirrorRefused { .. } | Self::Undone { .. } => {
+            Self::MirrorRefused { .. } | Self::WriteRefused { .. } | Self::Undone { .. } => {
                 PgSqlErrorCode::ERRCODE_TRIGGERED_ACTION_EXCEPTION
             }
             Self::NeedsReadCommitted { .. } => PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
+            Self::Serialization => PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE,
             Self::ClaimNotHeld { .. }
             | Self::Unguarded { .. }
             | Self::GuardedTruncate { .. }
@@ -259,6 +269,9 @@ impl ClaimError {
             Self::UnfitTable { detail, .. } | Self::BacklogInUse { detail } => Some(detail.clone()),
             Self::MirrorRefused { .. } => {
                 Some("A trigger on the backlog has suppressed or changed the update.".into())
+            }
+            Self::WriteRefused { .. } => {
+                Some("A trigger on claude_sessions has suppressed the update.".into())
             }
             Self::Unsettled { .. } => {
                 Some("The open claims and the sessions that should hold them do not agree.".into())
@@ -305,12 +318,16 @@ impl ClaimError {
             Self::MirrorRefused { .. } => {
                 Some("Let the backlog's BEFORE triggers pass updates of these two columns.".into())
             }
+            Self::WriteRefused { .. } => {
+                Some("Let the table's BEFORE triggers pass updates of the extension's.".into())
+            }
             Self::Undone { .. } => {
                 Some("Let the triggers on the backlog leave claims alone that are just being made.".into())
             }
             Self::NeedsReadCommitted { .. } => {
                 Some("Use READ COMMITTED, which sees the claims that others commit meanwhile.".into())
             }
+            Self::Serialization => Some("Try the transaction again.".into()),
             Self::NotBound => Some("The extension's own strategic_directives_v2 is in use.".into()),
             Self::Unsettled { .. } => Some(
                 "Compare the open rows of sd_claims with claude_sessions; triggers may have been disabled.".into(),

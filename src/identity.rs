@@ -99,6 +99,36 @@ impl ActingAs {
     }
 }
 
+impl ActingAs {
+    /// Acts as the extension's owner, as a function does that is SECURITY DEFINER with a search_path of
+    /// its own. For functions that mostly do without: the server sets both up for every call.
+    pub fn extension_owner(function: pg_sys::Oid) -> Result<Self> {
+        let search_path = LocalSettings::new(&[(c"search_path", c"pg_catalog, pg_temp")]);
+        let mut previous = pg_sys::Oid::INVALID;
+        let mut context = 0;
+        // SAFETY: reads the function's entry in the catalogue, which is there while it runs; then as in
+        // `table_owner`.
+        unsafe {
+            let entry = pg_sys::SearchSysCache1(
+                pg_sys::SysCacheIdentifier::PROCOID as i32,
+                function.into(),
+            );
+            if entry.is_null() {
+                return Err(ClaimError::NotInstalled);
+            }
+            let owner = (*pg_sys::GETSTRUCT(entry).cast::<pg_sys::FormData_pg_proc>()).proowner;
+            pg_sys::ReleaseSysCache(entry);
+            pg_sys::GetUserIdAndSecContext(&mut previous, &mut context);
+            pg_sys::SetUserIdAndSecContext(
+                owner,
+                context | pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32,
+            );
+        }
+        let acting = ACTING.get();
+        Ok(Self { acting, role: previous, context, _search_path: search_path })
+    }
+}
+
 impl Drop for ActingAs {
     fn drop(&mut self) {
         ACTING.set(self.acting);

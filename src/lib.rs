@@ -9,6 +9,7 @@ mod board;
 mod error;
 mod guc;
 mod identity;
+mod jsonb;
 mod local_settings;
 mod service;
 mod spi;
@@ -45,6 +46,8 @@ pgrx::extension_sql_file!(
         api::lease::lease_expires_at,
         api::lease::claim_reclaimable_at,
         api::lease::heartbeat_age_human,
+        api::lease::elapsed_seconds,
+        api::lease::elapsed_minutes,
     ]
 );
 pgrx::extension_sql_file!(

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use postgres::{Client, NoTls};
 
 use crate::server::{self, Installation};
-use crate::{ENV_PG_CONFIG, ENV_SOCKET_DIR, ENV_WORK_DIR, Server};
+use crate::{ENV_PG_CONFIG, ENV_SOCKET_DIR, ENV_WATCHED, ENV_WORK_DIR, Server};
 
 /// A database on the shared server, dropped at the end with the roles that were made for it.
 pub struct TestDb {
@@ -23,7 +23,11 @@ impl TestDb {
     /// A database with the extension in schema public.
     pub fn new() -> Self {
         let db = Self::empty();
-        db.connect().batch_execute("CREATE EXTENSION pg_claims").unwrap();
+        let mut client = db.connect();
+        client.batch_execute("CREATE EXTENSION pg_claims").unwrap();
+        if is_watched() {
+            watch(&mut client);
+        }
         db
     }
 
@@ -136,6 +140,29 @@ impl Drop for TestDb {
             eprintln!("could not drop database {}: {error}", self.name);
         }
     }
+}
+
+/// Whether every test's tables are watched by a trigger of a user's.
+pub fn is_watched() -> bool {
+    std::env::var_os(ENV_WATCHED).is_some()
+}
+
+/// Puts a trigger of a user's, which does nothing, on each of the extension's tables that are written all
+/// the time. The extension then writes them by statements, which fire it.
+pub fn watch(client: &mut Client) {
+    client
+        .batch_execute(
+            "CREATE FUNCTION watch() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+             CREATE TRIGGER watch AFTER INSERT OR UPDATE OR DELETE ON claude_sessions
+                FOR EACH ROW EXECUTE FUNCTION watch();
+             CREATE TRIGGER watch AFTER INSERT OR UPDATE OR DELETE ON sd_claims
+                FOR EACH ROW EXECUTE FUNCTION watch();
+             CREATE TRIGGER watch AFTER INSERT OR UPDATE OR DELETE ON session_lifecycle_events
+                FOR EACH ROW EXECUTE FUNCTION watch();
+             CREATE TRIGGER watch AFTER INSERT OR UPDATE OR DELETE ON strategic_directives_v2
+                FOR EACH ROW EXECUTE FUNCTION watch()",
+        )
+        .unwrap();
 }
 
 /// A server of the test's own, of the PostgreSQL under test: for what other tests' transactions

@@ -16,7 +16,7 @@ mod user;
 pub use client::{
     backend_pid, detail, hint, json, message, sqlstate, wait_until, wait_until_blocked,
 };
-pub use database::{TestDb, own_server};
+pub use database::{TestDb, is_watched, own_server, watch};
 pub use server::{Installation, Server, Stop};
 pub use user::ServerUser;
 
@@ -26,3 +26,6 @@ pub const ENV_PG_CONFIG: &str = "PG_CLAIMS_TEST_PG_CONFIG";
 pub const ENV_SOCKET_DIR: &str = "PG_CLAIMS_TEST_SOCKET_DIR";
 /// The environment variable that names a folder in which tests may start servers of their own.
 pub const ENV_WORK_DIR: &str = "PG_CLAIMS_TEST_WORK_DIR";
+
+/// The environment variable that has every test's tables watched by a trigger of a user's.
+pub const ENV_WATCHED: &str = "PG_CLAIMS_TEST_WATCHED";

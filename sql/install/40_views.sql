@@ -22,19 +22,15 @@ SELECT s.id,
        s.status,
        s.metadata,
        s.created_at,
-       pg_catalog.trunc(GREATEST(EXTRACT(EPOCH FROM s.observed_at - s.heartbeat_at), 0), 3)
-           AS heartbeat_age_seconds,
-       pg_catalog.trunc(GREATEST(EXTRACT(EPOCH FROM s.observed_at - s.heartbeat_at), 0) / 60, 2)
-           AS heartbeat_age_minutes,
-       pg_catalog.trunc(GREATEST(EXTRACT(EPOCH FROM s.stale_at - s.observed_at), 0), 3)
-           AS seconds_until_stale,
+       elapsed_seconds(s.heartbeat_at, s.observed_at) AS heartbeat_age_seconds,
+       elapsed_minutes(s.heartbeat_at, s.observed_at) AS heartbeat_age_minutes,
+       elapsed_seconds(s.observed_at, s.stale_at) AS seconds_until_stale,
        CASE
            WHEN s.status = 'released' THEN 'released'
            WHEN s.stale_at <= s.observed_at THEN 'stale'
            ELSE s.status
        END AS computed_status,
-       pg_catalog.trunc(EXTRACT(EPOCH FROM GREATEST(s.observed_at, s.claimed_at) - s.claimed_at) / 60, 2)
-           AS claim_duration_minutes,
+       elapsed_minutes(s.claimed_at, s.observed_at) AS claim_duration_minutes,
        heartbeat_age_human(s.heartbeat_at, s.observed_at) AS heartbeat_age_human,
        s.claim_id,
        s.silent_until,
@@ -44,8 +40,7 @@ SELECT s.id,
        s.stale_after,
        s.progress_at,
        s.progress_note,
-       pg_catalog.trunc(EXTRACT(EPOCH FROM GREATEST(s.observed_at, s.progress_at) - s.progress_at), 3)
-           AS progress_age_seconds,
+       elapsed_seconds(s.progress_at, s.observed_at) AS progress_age_seconds,
        s.reclaimable_at
   FROM (SELECT c.*,
                lease_expires_at(c.heartbeat_at, c.silent_until, c.stale_after, c.claimed_at) AS stale_at,

@@ -91,8 +91,7 @@ SELECT q.*,
        END AS reason,
        pg_catalog.trunc(EXTRACT(EPOCH FROM GREATEST(q.observed_at, q.claimed_at) - q.claimed_at) / 60)::integer
            AS claim_minutes,
-       pg_catalog.trunc(EXTRACT(EPOCH FROM GREATEST(q.observed_at, q.heartbeat_at) - q.heartbeat_at), 3)
-           AS heartbeat_age_seconds,
+       elapsed_seconds(q.heartbeat_at, q.observed_at) AS heartbeat_age_seconds,
        heartbeat_age_human(q.heartbeat_at, q.observed_at) AS heartbeat_age_human,
        CASE WHEN q.observed_at - q.heartbeat_at < interval '60 seconds' THEN 'green'
             WHEN q.observed_at - q.heartbeat_at < interval '180 seconds' THEN 'yellow'

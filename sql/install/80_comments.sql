@@ -128,6 +128,10 @@ COMMENT ON FUNCTION lease_expires_at(timestamptz, timestamptz, interval, timesta
     'When a session with this heartbeat, announced silence, lease of its own and time of claim counts as stale: the one rule of liveness.';
 COMMENT ON FUNCTION claim_reclaimable_at(timestamptz, timestamptz, interval, timestamptz) IS
     'When such a session''s claim may be taken over or reaped: pg_claims.reclaim_delay after it went stale.';
+COMMENT ON FUNCTION elapsed_seconds(timestamptz, timestamptz) IS
+    'Seconds from the one moment to the other, cut to milliseconds; 0 where the other comes first.';
+COMMENT ON FUNCTION elapsed_minutes(timestamptz, timestamptz) IS
+    'Minutes from the one moment to the other, cut to hundredths; 0 where the other comes first.';
 COMMENT ON FUNCTION heartbeat_age_human(timestamptz, timestamptz) IS
     'The time from a heartbeat to another moment as a person reads it; truncates, never rounds up.';
 COMMENT ON FUNCTION is_claim_live(timestamptz, timestamptz, interval, timestamptz, bigint) IS

@@ -3,13 +3,13 @@
 use pg_claims_core::outcome::{ClaimStatus, Claimed, Released};
 use pg_claims_core::refusal::Refusal;
 use pg_claims_core::text;
-use pgrx::JsonB;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
 use super::{answer, check_may_act_for, mandatory_reason, reason_or, shared};
 use crate::error::{Result, checked_id};
 use crate::identity;
+use crate::jsonb::Jsonb;
 use crate::spi::claim::{self, Request};
 use crate::spi::{Db, directive, session};
 
@@ -19,7 +19,7 @@ fn claim_sd(
     p_sd_id: Option<&str>,
     p_session_id: Option<&str>,
     p_track: default!(Option<&str>, "NULL"),
-) -> Result<JsonB, ErrorReport> {
+) -> Result<Jsonb, ErrorReport> {
     let sd_id = checked_id("p_sd_id", p_sd_id)?;
     let session_id = checked_id("p_session_id", p_session_id)?;
     Ok(Db::connect(|db| answer(acquire(db, sd_id, session_id, p_track)?))?)
@@ -61,7 +61,7 @@ fn takeover_sd(
     p_sd_id: Option<&str>,
     p_session_id: Option<&str>,
     p_reason: Option<&str>,
-) -> Result<JsonB, ErrorReport> {
+) -> Result<Jsonb, ErrorReport> {
     let sd_id = checked_id("p_sd_id", p_sd_id)?;
     let session_id = checked_id("p_session_id", p_session_id)?;
     let reason = mandatory_reason(p_reason)?;
@@ -78,7 +78,7 @@ fn release_sd(
     p_session_id: Option<&str>,
     p_reason: default!(Option<&str>, "'manual'"),
     p_claim_id: default!(Option<i64>, "NULL"),
-) -> Result<JsonB, ErrorReport> {
+) -> Result<Jsonb, ErrorReport> {
     let session_id = checked_id("p_session_id", p_session_id)?;
     let reason = reason_or(p_reason, "manual");
     Ok(Db::connect(|db| answer(release(db, session_id, reason, p_claim_id)?))?)
@@ -102,14 +102,14 @@ fn release(
         Ok(Refusal::ClaimLost { session_id: session_id.into(), claim_id, lost })
     };
     if let Some(named) = named
-        && found.claim.as_ref().map(|(_, claim_id)| *claim_id) != Some(named)
+        && found.claim_id != Some(named)
     {
         return Ok(Err(lost(named)?));
     }
     if found.is_released() {
         return Ok(Err(Refusal::SessionReleased { session_id: session_id.into() }));
     }
-    let Some((sd_id, claim_id)) = found.claim else {
+    let Some((sd_id, claim_id)) = found.sd_id.zip(found.claim_id) else {
         return Ok(Err(Refusal::NoClaim { session_id: session_id.into() }));
     };
     directive::lock(db, vec![sd_id.clone()])?;
@@ -132,7 +132,7 @@ fn release(
 fn is_sd_claimed(
     p_sd_id: Option<&str>,
     p_exclude_session_id: default!(Option<&str>, "NULL"),
-) -> Result<JsonB, ErrorReport> {
+) -> Result<Jsonb, ErrorReport> {
     let sd_id = checked_id("p_sd_id", p_sd_id)?;
     let excluded = match p_exclude_session_id {
         None => None,

@@ -1,13 +1,13 @@
 //! Conflicts: SDs that must not be worked on at once.
 
 use pg_claims_core::refusal::Refusal;
-use pgrx::JsonB;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde_json::{Value, json};
 
 use super::answer;
 use crate::error::{ClaimError, Result, checked_id};
+use crate::jsonb::Jsonb;
 use crate::spi::{Db, claim, conflict, directive};
 
 /// The longest kind of a conflict, in characters.
@@ -20,7 +20,7 @@ fn declare_conflict(
     p_sd_b: Option<&str>,
     p_conflict_type: Option<&str>,
     p_conflict_severity: default!(Option<&str>, "'blocking'"),
-) -> Result<JsonB, ErrorReport> {
+) -> Result<Jsonb, ErrorReport> {
     let a = checked_id("p_sd_a", p_sd_a)?;
     let b = checked_id("p_sd_b", p_sd_b)?;
     let invalid = |argument, reason: String, hint: &str| ClaimError::InvalidArgument {
@@ -95,7 +95,7 @@ fn canonical_pair(db: &Db<'_>, a: &str, b: &str) -> Result<Result<(String, Strin
 
 #[pg_extern(volatile, parallel_unsafe, security_definer)]
 #[search_path(pg_catalog, pg_temp)]
-fn resolve_conflict(p_sd_a: Option<&str>, p_sd_b: Option<&str>) -> Result<JsonB, ErrorReport> {
+fn resolve_conflict(p_sd_a: Option<&str>, p_sd_b: Option<&str>) -> Result<Jsonb, ErrorReport> {
     let a = checked_id("p_sd_a", p_sd_a)?;
     let b = checked_id("p_sd_b", p_sd_b)?;
     Ok(Db::connect(|db| answer(resolve(db, a, b)?))?)

@@ -1,11 +1,11 @@
 //! The backlog: binding a table of the user's.
 
-use pgrx::JsonB;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
 use super::answer;
 use crate::error::{ClaimError, Result};
+use crate::jsonb::Jsonb;
 use crate::spi::Db;
 use crate::spi::directive::{self, Columns};
 
@@ -45,7 +45,7 @@ fn bind_directives(
     p_is_working_on_column: Option<String>,
     p_active_session_id_column: Option<String>,
     p_terminal_statuses: Option<Vec<Option<String>>>,
-) -> Result<JsonB, ErrorReport> {
+) -> Result<Jsonb, ErrorReport> {
     let table = p_table.ok_or_else(|| ClaimError::InvalidArgument {
         argument: "p_table",
         reason: "must not be NULL".into(),
@@ -73,9 +73,9 @@ fn bind_directives(
 
 #[pg_extern(volatile, parallel_unsafe, security_definer)]
 #[search_path(pg_catalog, pg_temp)]
-fn unbind_directives() -> Result<JsonB, ErrorReport> {
+fn unbind_directives() -> Result<Jsonb, ErrorReport> {
     let table = Db::connect(directive::unbind)?;
-    Ok(JsonB(serde_json::json!({ "success": true, "unbound_table": table })))
+    Ok(Jsonb(serde_json::json!({ "success": true, "unbound_table": table })))
 }
 
 /// Serves the installation, which drops it again.

@@ -1,16 +1,16 @@
 //! Who may do what.
 
-use pgrx::JsonB;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
 use crate::error::{ClaimError, Result};
+use crate::jsonb::Jsonb;
 use crate::spi::Db;
 use crate::spi::grant::{self, Level};
 
 #[pg_extern(volatile, parallel_unsafe, security_definer)]
 #[search_path(pg_catalog, pg_temp)]
-fn grant_coordination(p_role: Option<&str>, p_level: Option<&str>) -> Result<JsonB, ErrorReport> {
+fn grant_coordination(p_role: Option<&str>, p_level: Option<&str>) -> Result<Jsonb, ErrorReport> {
     let invalid = |argument, reason: String, hint: &str| ClaimError::InvalidArgument {
         argument,
         reason,
@@ -28,5 +28,5 @@ fn grant_coordination(p_role: Option<&str>, p_level: Option<&str>) -> Result<Jso
         )
     })?;
     Db::connect(|db| grant::set_level(db, role, level))?;
-    Ok(JsonB(serde_json::json!({ "success": true, "role": role, "level": level_name })))
+    Ok(Jsonb(serde_json::json!({ "success": true, "role": role, "level": level_name })))
 }

@@ -1,13 +1,13 @@
 //! The guard: excluding takeover, release and reaping for the length of the caller's transaction.
 
 use chrono::{DateTime, Utc};
-use pgrx::JsonB;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde_json::json;
 
 use super::{check_may_act_as, shared};
 use crate::error::{ClaimError, Result, checked_id};
+use crate::jsonb::Jsonb;
 use crate::spi::guard::Acquisition;
 use crate::spi::{Db, claim, directive, guard};
 
@@ -100,7 +100,7 @@ AS '@MODULE_PATHNAME@', '@FUNCTION_NAME@';
 fn guard_table(
     p_table: Option<pg_sys::Oid>,
     p_sd_column: Option<&core::ffi::CStr>,
-) -> Result<JsonB, ErrorReport> {
+) -> Result<Jsonb, ErrorReport> {
     let table = checked_table(p_table)?;
     let column = p_sd_column.and_then(|name| name.to_str().ok()).ok_or_else(|| {
         ClaimError::InvalidArgument {
@@ -110,7 +110,7 @@ fn guard_table(
         }
     })?;
     let name = Db::connect(|db| directive::guard_table(db, table, column))?;
-    Ok(JsonB(json!({ "success": true, "table": name, "sd_column": column })))
+    Ok(Jsonb(json!({ "success": true, "table": name, "sd_column": column })))
 }
 
 #[pg_extern(sql = r#"
@@ -120,10 +120,10 @@ LANGUAGE c VOLATILE PARALLEL UNSAFE SECURITY DEFINER
 SET search_path TO pg_catalog, pg_temp
 AS '@MODULE_PATHNAME@', '@FUNCTION_NAME@';
 "#)]
-fn unguard_table(p_table: Option<pg_sys::Oid>) -> Result<JsonB, ErrorReport> {
+fn unguard_table(p_table: Option<pg_sys::Oid>) -> Result<Jsonb, ErrorReport> {
     let table = checked_table(p_table)?;
     let name = Db::connect(|db| directive::unguard_table(db, table))?;
-    Ok(JsonB(json!({ "success": true, "table": name })))
+    Ok(Jsonb(json!({ "success": true, "table": name })))
 }
 
 fn checked_table(table: Option<pg_sys::Oid>) -> Result<pg_sys::Oid> {

@@ -6,7 +6,6 @@ use chrono::TimeDelta;
 use pg_claims_core::age;
 use pg_claims_core::refusal::Refusal;
 use pg_claims_core::session::{Beat, BeatOrRefusal, Beats, Extended, Progressed};
-use pgrx::JsonB;
 use pgrx::datum::Interval;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
@@ -14,24 +13,30 @@ use pgrx::prelude::*;
 use super::{answer, check_may_act_for, may_act_for_all, shared};
 use crate::error::{ClaimError, Result, checked_id};
 use crate::guc;
-use crate::identity;
+use crate::identity::{self, ActingAs};
+use crate::jsonb::Jsonb;
 use crate::spi::heartbeat::{self, Found};
 use crate::spi::{Db, claim, session, time};
 
 /// The longest note on progress, in characters.
 const MAX_NOTE_CHARACTERS: usize = 1000;
 
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
+// Not SECURITY DEFINER: the board needs no rights, and the server would spend more on them than on the
+// heartbeat.
+#[pg_extern(volatile, parallel_unsafe)]
 fn update_session_heartbeat(
     p_session_id: Option<&str>,
     p_claim_id: default!(Option<i64>, "NULL"),
-) -> Result<JsonB, ErrorReport> {
+    fcinfo: pg_sys::FunctionCallInfo,
+) -> Result<Jsonb, ErrorReport> {
     let session_id = checked_id("p_session_id", p_session_id)?;
     shared::note_acting_for(session_id);
     if let Some(beat) = heartbeat::beat_on_board(session_id, identity::caller()?, p_claim_id) {
         return Ok(answer(Ok(beat))?);
     }
+    // SAFETY: the server calls with a description of the function.
+    let function = unsafe { (*(*fcinfo).flinfo).fn_oid };
+    let _acting = ActingAs::extension_owner(function)?;
     Ok(Db::connect(|db| answer(beat(db, session_id, p_claim_id)?))?)
 }
 
@@ -80,7 +85,7 @@ fn not_held(db: &Db<'_>, session_id: &str, named: Option<i64>) -> Result<Refusal
 
 #[pg_extern(volatile, parallel_unsafe, security_definer)]
 #[search_path(pg_catalog, pg_temp)]
-fn heartbeat_sessions(p_session_ids: Option<Vec<Option<String>>>) -> Result<JsonB, ErrorReport> {
+fn heartbeat_sessions(p_session_ids: Option<Vec<Option<String>>>) -> Result<Jsonb, ErrorReport> {
     let mut session_ids: Vec<String> = Vec::new();
     let mut known: HashSet<&str> = HashSet::new();
     let given = p_session_ids.ok_or_else(|| ClaimError::InvalidArgument {
@@ -136,7 +141,7 @@ fn extend_lease(
     p_session_id: Option<&str>,
     p_for: Option<Interval>,
     p_claim_id: default!(Option<i64>, "NULL"),
-) -> Result<JsonB, ErrorReport> {
+) -> Result<Jsonb, ErrorReport> {
     let session_id = checked_id("p_session_id", p_session_id)?;
     let silence = checked_silence(p_for)?;
     Ok(Db::connect(|db| answer(extend(db, session_id, silence, p_claim_id)?))?)
@@ -205,7 +210,7 @@ fn report_progress(
     p_session_id: Option<&str>,
     p_note: default!(Option<&str>, "NULL"),
     p_claim_id: default!(Option<i64>, "NULL"),
-) -> Result<JsonB, ErrorReport> {
+) -> Result<Jsonb, ErrorReport> {
     let session_id = checked_id("p_session_id", p_session_id)?;
     if p_note.is_some_and(|note| note.chars().count() > MAX_NOTE_CHARACTERS) {
         Err(ClaimError::InvalidArgument {

@@ -1,18 +1,18 @@
 //! A person's stop sign on an SD.
 
 use pg_claims_core::refusal::Refusal;
-use pgrx::JsonB;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde_json::{Value, json};
 
 use super::{answer, mandatory_reason};
 use crate::error::{Result, checked_id};
+use crate::jsonb::Jsonb;
 use crate::spi::{Db, claim, directive, hold};
 
 #[pg_extern(volatile, parallel_unsafe, security_definer)]
 #[search_path(pg_catalog, pg_temp)]
-fn hold_sd(p_sd_id: Option<&str>, p_reason: Option<&str>) -> Result<JsonB, ErrorReport> {
+fn hold_sd(p_sd_id: Option<&str>, p_reason: Option<&str>) -> Result<Jsonb, ErrorReport> {
     let sd_id = checked_id("p_sd_id", p_sd_id)?;
     let reason = mandatory_reason(p_reason)?;
     Ok(Db::connect(|db| answer(stop(db, sd_id, reason)?))?)
@@ -38,7 +38,7 @@ fn stop(db: &Db<'_>, sd_id: &str, reason: &str) -> Result<Result<Value, Refusal>
 
 #[pg_extern(volatile, parallel_unsafe, security_definer)]
 #[search_path(pg_catalog, pg_temp)]
-fn unhold_sd(p_sd_id: Option<&str>) -> Result<JsonB, ErrorReport> {
+fn unhold_sd(p_sd_id: Option<&str>) -> Result<Jsonb, ErrorReport> {
     let sd_id = checked_id("p_sd_id", p_sd_id)?;
     Ok(Db::connect(|db| answer(go(db, sd_id)?))?)
 }

@@ -3,7 +3,6 @@
 use pg_claims_core::manager::{Activity, NotStarted, Started, Stats, Stopped};
 use pg_claims_core::refusal::Refusal;
 use pg_claims_core::session::Beat;
-use pgrx::JsonB;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde_json::Value;
@@ -12,15 +11,16 @@ use super::heartbeat::{beat, checked_session};
 use super::{answer, shared};
 use crate::error::{Result, checked_id};
 use crate::guc;
+use crate::jsonb::Jsonb;
 use crate::spi::manager::{self, Connection};
 use crate::spi::{Db, time};
 use crate::worker::wake;
 
 #[pg_extern(volatile, parallel_unsafe, security_definer)]
 #[search_path(pg_catalog, pg_temp)]
-fn start_heartbeat(p_session_id: Option<&str>) -> Result<JsonB, ErrorReport> {
+fn start_heartbeat(p_session_id: Option<&str>) -> Result<Jsonb, ErrorReport> {
     let session_id = checked_id("p_session_id", p_session_id)?;
-    Ok(Db::connect(|db| Ok(JsonB(start(db, session_id)?)))?)
+    Ok(Db::connect(|db| Ok(Jsonb(start(db, session_id)?)))?)
 }
 
 fn start(db: &Db<'_>, session_id: &str) -> Result<Value> {
@@ -53,7 +53,7 @@ fn start(db: &Db<'_>, session_id: &str) -> Result<Value> {
 
 #[pg_extern(volatile, parallel_unsafe, security_definer)]
 #[search_path(pg_catalog, pg_temp)]
-fn stop_heartbeat() -> Result<JsonB, ErrorReport> {
+fn stop_heartbeat() -> Result<Jsonb, ErrorReport> {
     let stopped_session = Db::connect(|db| manager::stop(db, Connection::own()))?;
     shared::bind(None);
     Ok(Db::connect(|_| answer(Ok(Stopped { success: true, stopped_session })))?)
@@ -61,13 +61,13 @@ fn stop_heartbeat() -> Result<JsonB, ErrorReport> {
 
 #[pg_extern(volatile, parallel_unsafe, security_definer)]
 #[search_path(pg_catalog, pg_temp)]
-fn is_heartbeat_active() -> Result<JsonB, ErrorReport> {
+fn is_heartbeat_active() -> Result<Jsonb, ErrorReport> {
     Ok(Db::connect(|db| answer(Ok(Activity::from(manager::find(db, Connection::own())?))))?)
 }
 
 #[pg_extern(volatile, parallel_unsafe, security_definer)]
 #[search_path(pg_catalog, pg_temp)]
-fn get_heartbeat_stats() -> Result<JsonB, ErrorReport> {
+fn get_heartbeat_stats() -> Result<Jsonb, ErrorReport> {
     Ok(Db::connect(|db| {
         let managed = manager::find(db, Connection::own())?;
         let interval = manager::interval_of(db, managed.as_ref().map(|m| m.session_id.as_str()))?;
@@ -83,7 +83,7 @@ fn get_heartbeat_stats() -> Result<JsonB, ErrorReport> {
 
 #[pg_extern(volatile, parallel_unsafe, security_definer)]
 #[search_path(pg_catalog, pg_temp)]
-fn force_heartbeat(p_session_id: Option<&str>) -> Result<JsonB, ErrorReport> {
+fn force_heartbeat(p_session_id: Option<&str>) -> Result<Jsonb, ErrorReport> {
     let session_id = checked_id("p_session_id", p_session_id)?;
     Ok(Db::connect(|db| answer(force(db, session_id)?))?)
 }

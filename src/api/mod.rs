@@ -19,19 +19,19 @@ mod session;
 mod shared;
 
 use pg_claims_core::refusal::Refusal;
-use pgrx::JsonB;
 use serde::Serialize;
 
 use crate::error::{ClaimError, Result};
 use crate::identity::{self, Role};
+use crate::jsonb::Jsonb;
 use crate::spi::Db;
 use crate::spi::grant as privileges;
 use crate::spi::heartbeat::first_not_of;
 use crate::spi::session::Session;
 
 /// An answer or a refusal as JSON.
-fn answer<T: Serialize>(outcome: Result<T, Refusal>) -> Result<JsonB> {
-    Ok(JsonB(match outcome {
+fn answer<T: Serialize>(outcome: Result<T, Refusal>) -> Result<Jsonb> {
+    Ok(Jsonb(match outcome {
         Ok(done) => serde_json::to_value(done)?,
         Err(refusal) => serde_json::to_value(refusal)?,
     }))

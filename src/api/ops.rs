@@ -1,13 +1,13 @@
 //! What an operator, or pg_cron, does by hand: the worker's steps.
 
 use chrono::TimeDelta;
-use pgrx::JsonB;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde_json::json;
 
 use crate::error::{ClaimError, Result};
 use crate::guc;
+use crate::jsonb::Jsonb;
 use crate::spi::claim::reap::{self, Policy};
 use crate::spi::{Db, heartbeat, order, prune, time};
 use crate::worker::wake;
@@ -23,7 +23,7 @@ const MAX_BATCH: i32 = 100_000;
 fn cleanup_stale_sessions(
     p_stale_threshold_seconds: default!(Option<i32>, "NULL"),
     p_batch_size: default!(Option<i32>, "100"),
-) -> Result<JsonB, ErrorReport> {
+) -> Result<Jsonb, ErrorReport> {
     let threshold = p_stale_threshold_seconds.unwrap_or(0);
     if threshold < 0 {
         Err(ClaimError::InvalidArgument {
@@ -44,7 +44,7 @@ fn cleanup_stale_sessions(
         order::announce(db, EVENT_BATCH, guc::notify())?;
         Ok(reaped)
     })?;
-    Ok(JsonB(json!({
+    Ok(Jsonb(json!({
         "success": true,
         "stale_sessions_cleaned": reaped,
         "cleaned_at": time::now(),
@@ -78,7 +78,7 @@ fn reap_up_to(db: &Db<'_>, policy: Policy, limit: i32) -> Result<i32> {
 
 #[pg_extern(volatile, parallel_unsafe, security_definer)]
 #[search_path(pg_catalog, pg_temp)]
-fn prune_history(p_batch_size: default!(Option<i32>, "1000")) -> Result<JsonB, ErrorReport> {
+fn prune_history(p_batch_size: default!(Option<i32>, "1000")) -> Result<Jsonb, ErrorReport> {
     let batch = checked_batch(p_batch_size)?;
     let limit =
         guc::history_retention().and_then(|retention| time::now().checked_sub_signed(retention));
@@ -92,7 +92,7 @@ fn prune_history(p_batch_size: default!(Option<i32>, "1000")) -> Result<JsonB, E
             prune::sessions(db, limit, batch)?,
         ))
     })?;
-    Ok(JsonB(json!({
+    Ok(Jsonb(json!({
         "success": true,
         "claims_removed": claims,
         "events_removed": events,

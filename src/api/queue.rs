@@ -5,7 +5,6 @@ use pg_claims_core::listing::{self, Style};
 use pg_claims_core::outcome::Claimed;
 use pg_claims_core::queue::{QueueReason, Queued};
 use pg_claims_core::refusal::Refusal;
-use pgrx::JsonB;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde::Serialize;
@@ -13,6 +12,7 @@ use serde::Serialize;
 use super::{answer, check_may_act_for, shared};
 use crate::error::{ClaimError, Result, checked_id};
 use crate::guc;
+use crate::jsonb::Jsonb;
 use crate::spi::claim::{self, Request};
 use crate::spi::queue::{self, Among, Attempt, Caller, Choice};
 use crate::spi::session::Session;
@@ -39,7 +39,7 @@ struct Next {
 fn claim_next_sd(
     p_session_id: Option<&str>,
     p_track: default!(Option<&str>, "NULL"),
-) -> Result<JsonB, ErrorReport> {
+) -> Result<Jsonb, ErrorReport> {
     let session_id = checked_id("p_session_id", p_session_id)?;
     Ok(Db::connect(|db| answer(claim_next(db, session_id, p_track)?))?)
 }
@@ -60,7 +60,7 @@ fn claim_next(db: &Db<'_>, session_id: &str, track: Option<&str>) -> Result<Resu
         if caller.session.is_released() {
             return Ok(Err(Refusal::SessionReleased { session_id: session_id.into() }));
         }
-        if let Some((held, _)) = &caller.session.claim {
+        if let Some(held) = &caller.session.sd_id {
             let request = Request { sd_id: held, session_id, track, force: None, queued: None };
             match claim::acquire(db, request, may_act)? {
                 Ok(claimed) => {
@@ -82,7 +82,7 @@ fn claim_next(db: &Db<'_>, session_id: &str, track: Option<&str>) -> Result<Resu
             avoided.clear();
             continue;
         };
-        if !queue::is_still_available(db, &choice.sd_id, track)? {
+        if !queue::is_unblocked(db, &choice.sd_id, track)? {
             passed.push(choice.sd_id);
             continue;
         }
@@ -178,8 +178,8 @@ fn sd_next(
 
 /// Stands behind v_directives.
 #[pg_extern(immutable, parallel_safe)]
-pub fn dependency_keys(p_json: Option<&str>) -> Option<JsonB> {
-    p_json.map(|json| JsonB(keys::read(json)))
+pub fn dependency_keys(p_json: Option<&str>) -> Option<Jsonb> {
+    p_json.map(|json| Jsonb(keys::read(json)))
 }
 
 // Stable, as v_sd_queue calls it: see is_claim_live().

@@ -9,6 +9,7 @@ use pgrx::prelude::*;
 
 use super::{answer, check_may_act_for, reason_or, shared};
 use crate::error::{ClaimError, Result, checked_id};
+use crate::jsonb::Jsonb;
 use crate::spi::session::{self, Registration};
 use crate::spi::{Db, directive, grant, time};
 use crate::{guc, identity};
@@ -23,7 +24,7 @@ fn register_session(
     p_codebase: default!(Option<&str>, "NULL"),
     p_metadata: default!(Option<JsonB>, "NULL"),
     p_stale_after: default!(Option<Interval>, "NULL"),
-) -> Result<JsonB, ErrorReport> {
+) -> Result<Jsonb, ErrorReport> {
     let registration = Registration {
         session_id: checked_id("p_session_id", p_session_id)?,
         hostname: p_hostname,
@@ -69,7 +70,7 @@ fn checked_lease(stale_after: Option<Interval>) -> Result<Option<Interval>> {
     })
 }
 
-fn register(db: &Db<'_>, registration: Registration<'_>) -> Result<JsonB> {
+fn register(db: &Db<'_>, registration: Registration<'_>) -> Result<Jsonb> {
     let caller = identity::caller()?;
     let session_id = registration.session_id.to_owned();
     shared::note_acting_for(&session_id);
@@ -95,13 +96,13 @@ fn register(db: &Db<'_>, registration: Registration<'_>) -> Result<JsonB> {
 fn end_session(
     p_session_id: Option<&str>,
     p_reason: default!(Option<&str>, "'ended'"),
-) -> Result<JsonB, ErrorReport> {
+) -> Result<Jsonb, ErrorReport> {
     let session_id = checked_id("p_session_id", p_session_id)?;
     let reason = reason_or(p_reason, "ended");
     Ok(Db::connect(|db| end(db, session_id, reason))?)
 }
 
-fn end(db: &Db<'_>, session_id: &str, reason: &str) -> Result<JsonB> {
+fn end(db: &Db<'_>, session_id: &str, reason: &str) -> Result<Jsonb> {
     // Each further round means that the session's claim has changed since the look before.
     loop {
         let Some(found) = session::find(db, session_id)? else {
@@ -115,7 +116,7 @@ fn end(db: &Db<'_>, session_id: &str, reason: &str) -> Result<JsonB> {
             }
             continue;
         }
-        let (sd_id, claim_id) = found.claim.unzip();
+        let (sd_id, claim_id) = (found.sd_id, found.claim_id);
         if let Some(sd_id) = &sd_id {
             directive::lock(db, vec![sd_id.clone()])?;
         }

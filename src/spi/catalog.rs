@@ -5,13 +5,15 @@
 //! the tables concerned has changed.
 
 use std::cell::{Cell, RefCell};
+use std::ffi::CStr;
 use std::rc::Rc;
 
 use pgrx::pg_sys;
 
-use super::directive::Backlog;
+use super::directive::{Backlog, Columns};
 use super::row::Row;
 use super::statement::{self, Db, required};
+use super::table::{AllKnown, Known, Name};
 use crate::error::{ClaimError, Result};
 
 /// Where the extension and its backlog are.
@@ -29,15 +31,35 @@ pub struct Catalog {
     pub own_backlog: Option<pg_sys::Oid>,
     /// The backlog in use.
     pub backlog: Option<Backlog>,
+    /// Whether the backlog in use is the extension's own, with its own columns.
+    pub is_own_backlog_in_use: bool,
+    /// The extension's own tables, in the order of [`Name::ALL`].
+    tables: AllKnown,
+    /// Where fencing tokens come from.
+    pub claim_ids: pg_sys::Oid,
+    /// Where the numbers of events come from.
+    pub event_ids: pg_sys::Oid,
     /// The relations whose change makes this wrong.
-    watched: [pg_sys::Oid; 4],
+    watched: Watched,
+}
+
+/// The backlog in use, its view, and each of the extension's own tables.
+type Watched = [pg_sys::Oid; 2 + Name::ALL.len()];
+
+const UNKNOWN: Watched = [pg_sys::Oid::INVALID; 2 + Name::ALL.len()];
+
+impl Catalog {
+    /// What is known of a table of the extension's own, if it is there, and whole.
+    pub fn table(&self, name: Name) -> Option<&Rc<Known>> {
+        self.tables[name as usize].as_ref()
+    }
 }
 
 thread_local! {
     static CURRENT: RefCell<Option<Rc<Catalog>>> = const { RefCell::new(None) };
     static CHANGED: Cell<bool> = const { Cell::new(true) };
     /// All invalid while the catalogue is being read: then every change counts.
-    static WATCHED: Cell<[pg_sys::Oid; 4]> = const { Cell::new([pg_sys::Oid::INVALID; 4]) };
+    static WATCHED: Cell<Watched> = const { Cell::new(UNKNOWN) };
 }
 
 /// Asks the server to report changed relations and renamed schemas.
@@ -59,7 +81,7 @@ pub fn watch() {
 extern "C-unwind" fn relation_changed(_: pg_sys::Datum, relation: pg_sys::Oid) {
     let watched = WATCHED.get();
     let any = pg_sys::Oid::INVALID;
-    if relation == any || watched[0] == any || watched.contains(&relation) {
+    if relation == any || watched == UNKNOWN || watched.contains(&relation) {
         CHANGED.set(true);
     }
 }
@@ -80,7 +102,7 @@ pub fn current(db: &Db<'_>) -> Result<Rc<Catalog>> {
     }
     // Reset first: a change that arrives while reading must not be lost.
     CHANGED.set(false);
-    WATCHED.set([pg_sys::Oid::INVALID; 4]);
+    WATCHED.set(UNKNOWN);
     match read(db) {
         Ok(catalog) => Ok(adopt(catalog)),
         Err(error) => {
@@ -141,7 +163,8 @@ fn read(db: &Db<'_>) -> Result<Catalog> {
                    -- By its trigger, should it have been renamed; which it has not at installation.
                    AND (c.relname = 'strategic_directives_v2'
                         OR EXISTS (SELECT FROM pg_catalog.pg_trigger t
-                                    WHERE t.tgrelid = c.oid AND t.tgname = 'pg_claims_finished')))
+                                    WHERE t.tgrelid = c.oid AND t.tgname = 'pg_claims_finished'))),
+               n.oid
           FROM pg_catalog.pg_extension e
           JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace
          WHERE e.extname = 'pg_claims'";
@@ -159,6 +182,25 @@ fn read(db: &Db<'_>) -> Result<Catalog> {
     let own_backlog = oid(6)?;
     let backlog = Backlog::read(db, &schema, own_backlog)?;
     let bound = backlog.as_ref().map_or(pg_sys::Oid::INVALID, |b| b.table_oid);
+    let namespace = required(oid(7)?, "pg_namespace")?;
+    let in_schema = |name: &CStr| {
+        // SAFETY: looks the name up in the catalogue; invalid where there is none.
+        unsafe { pg_sys::get_relname_relid(name.as_ptr(), namespace) }
+    };
+    let oids = Name::ALL.map(|name| match name {
+        Name::Sessions => sessions,
+        Name::Claims => sd_claims,
+        Name::Directives => own_backlog.unwrap_or(pg_sys::Oid::INVALID),
+        Name::Events => in_schema(c"session_lifecycle_events"),
+        Name::Holds => in_schema(c"sd_holds"),
+        Name::Conflicts => in_schema(c"sd_conflict_matrix"),
+    });
+    let tables = Known::look(db, oids)?;
+    let is_own_backlog_in_use = tables[Name::Directives as usize].is_some()
+        && backlog.as_ref().is_some_and(|backlog| {
+            Some(backlog.table_oid) == own_backlog && backlog.columns == Columns::own()
+        });
+    let mut watched = [view, bound].into_iter().chain(oids);
     Ok(Catalog {
         extension,
         schema,
@@ -166,6 +208,10 @@ fn read(db: &Db<'_>) -> Result<Catalog> {
         sd_claims,
         own_backlog,
         backlog,
-        watched: [sessions, sd_claims, view, bound],
+        is_own_backlog_in_use,
+        tables,
+        claim_ids: in_schema(c"sd_claims_claim_id_seq"),
+        event_ids: in_schema(c"session_lifecycle_events_event_id_seq"),
+        watched: UNKNOWN.map(|unknown| watched.next().unwrap_or(unknown)),
     })
 }

@@ -6,6 +6,8 @@ use pgrx::pg_sys::BuiltinOid::TEXTOID;
 use super::catalog::Catalog;
 use super::row::Row;
 use super::statement::{Db, Statement};
+use super::table::layout::conflicts as column;
+use super::table::{Key, Name, Snapshot, Table, TableRow};
 use crate::error::Result;
 use crate::identity;
 
@@ -17,6 +19,16 @@ pub fn ordered<'a>(a: &'a str, b: &'a str) -> (&'a str, &'a str) {
 /// Blocking conflicts of the SD $1 that are in force.
 const OF_SD: &str = "(sd_id_a = $1 OR sd_id_b = $1) AND resolved_at IS NULL
                      AND conflict_severity = 'blocking'";
+
+/// Whether the SD has any.
+pub fn any(db: &Db<'_>, snapshot: &Snapshot, sd_id: &str) -> Result<bool> {
+    let table = Table::to_read(db, Name::Conflicts)?;
+    let is_blocking = |row: &TableRow| matches!(row.text(column::SEVERITY), Ok(Some(severity)) if severity == "blocking");
+    let key = Key::Text(sd_id);
+    Ok([column::OPEN_BY_SD_A, column::OPEN_BY_SD_B]
+        .into_iter()
+        .any(|side| table.find_where(snapshot, side, key, is_blocking).is_some()))
+}
 
 /// Enters the SD's pairs, waiting for whoever is in one or (`SKIP LOCKED`) passing it by.
 ///

@@ -1,12 +1,17 @@
 //! session_lifecycle_events: the audit.
 
+use std::ffi::CString;
+
 use chrono::TimeDelta;
-use pgrx::JsonB;
 use pgrx::pg_sys::BuiltinOid::{FLOAT8OID, INT8OID, JSONBOID, TEXTOID};
 
 use super::statement::{Db, Statement};
-use crate::error::Result;
+use super::table::layout::events as column;
+use super::table::{Name, NewRow, Table, next_value};
+use super::time;
+use crate::error::{ClaimError, Result};
 use crate::identity;
+use crate::jsonb::Jsonb;
 use crate::worker::wake;
 
 /// What happened to a session.
@@ -70,6 +75,10 @@ static RECORD: Statement = Statement::new(
 /// Records an event as done by the calling role, at this moment.
 pub fn record(db: &Db<'_>, event: Event<'_>) -> Result<()> {
     wake::at_commit();
+    let table = Table::to_write(db, Name::Events)?;
+    if table.may_be_written() {
+        return record_directly(db, &table, event);
+    }
     db.run(
         &RECORD,
         &[
@@ -80,8 +89,27 @@ pub fn record(db: &Db<'_>, event: Event<'_>) -> Result<()> {
             identity::caller()?.name().into(),
             event.reason.into(),
             event.held.map(pg_claims_core::age::seconds).into(),
-            JsonB(event.detail).into(),
+            Jsonb(event.detail).into(),
         ],
     )?;
+    Ok(())
+}
+
+fn record_directly(db: &Db<'_>, table: &Table, event: Event<'_>) -> Result<()> {
+    let actor = CString::new(identity::caller()?.name())
+        .map_err(|_| ClaimError::Corrupt { what: "pg_authid" })?;
+    table.insert(
+        &NewRow::default()
+            .set(column::EVENT_ID, next_value(db.catalog()?.event_ids)?)
+            .set(column::EVENT_TYPE, event.event_type.name())
+            .set(column::SESSION_ID, event.session_id)
+            .set(column::SD_ID, event.sd_id)
+            .set(column::CLAIM_ID, event.claim_id)
+            .set(column::OCCURRED_AT, time::to_server(time::now())?)
+            .set_name(column::ACTOR, &actor)
+            .set(column::REASON, event.reason)
+            .set_seconds(column::HELD_SECONDS, event.held)
+            .set(column::DETAIL, Jsonb(event.detail)),
+    );
     Ok(())
 }

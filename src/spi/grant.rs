@@ -83,6 +83,8 @@ const FUNCTIONS: &[(Level, &[&str])] = &[
             "sd_blockers",
             "sd_next",
             "heartbeat_age_human",
+            "elapsed_seconds",
+            "elapsed_minutes",
             "latest_heartbeat",
             "heartbeat_board",
             "lifecycle_events_since",

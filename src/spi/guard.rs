@@ -16,6 +16,8 @@ use pgrx::pg_sys::BuiltinOid::INT8OID;
 
 use super::row::Row;
 use super::statement::{Db, Statement};
+use super::table::layout::claims as column;
+use super::table::{Key, Lock, Name, Snapshot, Table, Wait};
 use crate::error::Result;
 use crate::identity::Role;
 
@@ -94,38 +96,25 @@ pub fn hold(db: &Db<'_>, claim_id: i64) -> Result<Option<Acquisition>> {
     }))
 }
 
-static TRY_HOLD: Statement = Statement::new(
-    |c| {
-        format!(
-            "SELECT 1 FROM {}.sd_claims WHERE claim_id = $1 FOR NO KEY UPDATE SKIP LOCKED",
-            c.schema
-        )
-    },
-    &[INT8OID],
-);
-
-static EXCLUDE: Statement = Statement::new(
-    |c| format!("SELECT 1 FROM {}.sd_claims WHERE claim_id = $1 FOR NO KEY UPDATE", c.schema),
-    &[INT8OID],
-);
-
 /// Locks an acquisition that is to be ended, and waits for its guards. Before its session is locked,
 /// whose heartbeats must not wait for them as well.
 pub fn exclude(db: &Db<'_>, claim_id: i64) -> Result<()> {
-    db.run(&EXCLUDE, &[claim_id.into()])?;
+    lock(db, claim_id, Wait::Block)?;
     Ok(())
 }
 
-static EXISTS: Statement = Statement::new(
-    |c| format!("SELECT 1 FROM {}.sd_claims WHERE claim_id = $1", c.schema),
-    &[INT8OID],
-);
+/// `None` where there is no such acquisition.
+fn lock(db: &Db<'_>, claim_id: i64, wait: Wait) -> Result<Option<Lock>> {
+    let table = Table::to_write(db, Name::Claims)?;
+    let snapshot = Snapshot::take();
+    let found = table.find(&snapshot, column::BY_CLAIM_ID, Key::Bigint(claim_id));
+    found.map(|row| table.lock(&snapshot, &row, wait)).transpose()
+}
 
 /// Locks an acquisition that is to be ended, unless a guard holds it: then false. One that is not
 /// there, after triggers were disabled, cannot be guarded.
 pub fn try_exclude(db: &Db<'_>, claim_id: i64) -> Result<bool> {
-    Ok(db.first_row(&TRY_HOLD, &[claim_id.into()])?.is_some()
-        || db.first_row(&EXISTS, &[claim_id.into()])?.is_none())
+    Ok(!matches!(lock(db, claim_id, Wait::Skip)?, Some(Lock::Busy)))
 }
 
 /// A claim that this transaction has asserted.

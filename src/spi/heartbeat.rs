@@ -15,7 +15,10 @@ use pgrx::spi::SpiTupleTable;
 
 use super::catalog;
 use super::row::Row;
+use super::session::Session;
 use super::statement::{Db, Statement};
+use super::table::layout::sessions as column;
+use super::table::{Key, Name, NewRow, Snapshot, Table};
 use super::time;
 use crate::board::{self, Place};
 use crate::error::Result;
@@ -25,6 +28,13 @@ use crate::identity::Role;
 /// A session's last heartbeat, the later one of board and table, of the row that `prefix` names.
 pub fn latest(schema: &str, prefix: &str) -> String {
     format!("{schema}.latest_heartbeat({prefix}tableoid, {prefix}session_id, {prefix}heartbeat_at)")
+}
+
+/// The same of a session whose row was read.
+pub fn latest_of(db: &Db<'_>, session: &Session) -> Result<DateTime<Utc>> {
+    let on_board = Place::of(db.catalog()?.sessions, &session.session_id).latest();
+    let written = session.heartbeat_at;
+    Ok(on_board.map_or(written, |at| written.max(time::from_microseconds(at))))
 }
 
 static BEAT: Statement = Statement::new(
@@ -51,16 +61,58 @@ pub fn beat(
     claim_id: Option<i64>,
 ) -> Result<Option<(Beat, Option<i64>)>> {
     let undisturbed = Undisturbed::new();
-    let Some(row) =
+    let table = Table::to_write(db, Name::Sessions)?;
+    let beaten = if table.may_be_written() {
+        beat_directly(&table, session_id, owner_role, claim_id)?
+    } else {
         db.first_row(&BEAT, &[session_id.into(), owner_role.0.into(), claim_id.into()])?
-    else {
+            .map(|row| read_beat(&row, session_id.to_owned()))
+            .transpose()?
+    };
+    let Some((beat, lost)) = beaten else {
         return Ok(None);
     };
-    let (beat, lost) = read_beat(&row, session_id.to_owned())?;
     if undisturbed.still() && lost.is_none() {
         open_on_board(db, &beat, owner_role)?;
     }
     Ok(Some((beat, lost)))
+}
+
+fn beat_directly(
+    table: &Table,
+    session_id: &str,
+    owner_role: Role,
+    named: Option<i64>,
+) -> Result<Option<(Beat, Option<i64>)>> {
+    loop {
+        pgrx::check_for_interrupts!();
+        let snapshot = Snapshot::take();
+        let Some(row) = table.find(&snapshot, column::BY_SESSION_ID, Key::Text(session_id)) else {
+            return Ok(None);
+        };
+        let claim_id = row.bigint(column::CLAIM_ID)?;
+        if row.required_text(column::STATUS, "claude_sessions.status")? == "released"
+            || row.role(column::OWNER_ROLE, "claude_sessions.owner_role")? != owner_role
+            || named.is_some_and(|named| Some(named) != claim_id)
+        {
+            return Ok(None);
+        }
+        let before = row.required_instant(column::HEARTBEAT_AT, "claude_sessions.heartbeat_at")?;
+        let heartbeat_at = before.max(time::now());
+        let new = NewRow::default().set(column::HEARTBEAT_AT, time::to_server(heartbeat_at)?);
+        if !table.update(&snapshot, &row, &new)? {
+            continue;
+        }
+        let beat = Beat {
+            success: true,
+            session_id: session_id.to_owned(),
+            heartbeat_at,
+            sd_id: row.text(column::SD_ID)?,
+            claim_id,
+            lost_claim: None,
+        };
+        return Ok(Some((beat, row.bigint(column::LOST_CLAIM_ID)?)));
+    }
 }
 
 /// Tells whether what a heartbeat finds in the table is committed and still so when it is there: this

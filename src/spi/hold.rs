@@ -5,6 +5,8 @@ use pgrx::pg_sys::BuiltinOid::TEXTOID;
 
 use super::row::Row;
 use super::statement::{Db, Statement};
+use super::table::layout::holds as column;
+use super::table::{Key, Name, Snapshot, Table};
 use crate::error::Result;
 use crate::identity;
 
@@ -31,6 +33,19 @@ pub fn hold(db: &Db<'_>, sd_id: &str, reason: &str) -> Result<Hold> {
         held_by: row.required_text(2, "sd_holds.held_by")?,
         held_at: row.required_instant(3, "sd_holds.held_at")?,
     })
+}
+
+/// The stop sign on an SD, if there is one.
+pub fn find(db: &Db<'_>, snapshot: &Snapshot, sd_id: &str) -> Result<Option<Hold>> {
+    let table = Table::to_read(db, Name::Holds)?;
+    let Some(row) = table.find(snapshot, column::BY_SD_ID, Key::Text(sd_id)) else {
+        return Ok(None);
+    };
+    Ok(Some(Hold {
+        reason: row.required_text(column::REASON, "sd_holds.reason")?,
+        held_by: row.required_name(column::HELD_BY, "sd_holds.held_by")?,
+        held_at: row.required_instant(column::HELD_AT, "sd_holds.held_at")?,
+    }))
 }
 
 static UNHOLD: Statement = Statement::new(

@@ -20,6 +20,7 @@ pub mod queue;
 pub mod row;
 pub mod session;
 mod statement;
+pub mod table;
 pub mod time;
 
 pub use statement::Db;
@@ -28,4 +29,5 @@ pub use statement::Db;
 pub fn init() {
     catalog::watch();
     guard::init();
+    table::init();
 }

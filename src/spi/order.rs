@@ -2,10 +2,10 @@
 
 use pg_claims_core::frontier::{Frontier, Gap, Moment};
 use pg_claims_core::notice::Notice;
-use pgrx::JsonB;
 use pgrx::pg_sys;
-use pgrx::pg_sys::BuiltinOid::{INT4OID, INT8ARRAYOID, INT8OID, TEXTARRAYOID, TEXTOID};
+use pgrx::pg_sys::BuiltinOid::{INT4OID, INT8ARRAYOID, INT8OID, TEXTARRAYOID};
 use pgrx::spi::SpiTupleTable;
+use pgrx::{IntoDatum, JsonB};
 
 use super::event::EventType;
 use super::row::Row;
@@ -102,6 +102,11 @@ static LOOK: Statement = Statement::new(
     &[INT8OID, INT8ARRAYOID, INT8ARRAYOID, INT4OID],
 );
 
+static IS_NEW: Statement = Statement::new(
+    |c| format!("SELECT 1 FROM {}.session_lifecycle_events WHERE event_id > $1 LIMIT 1", c.schema),
+    &[INT8OID],
+);
+
 static APPEND: Statement = Statement::new(
     |c| {
         format!(
@@ -130,8 +135,13 @@ static KEEP: Statement = Statement::new(
 pub fn append_visible(db: &Db<'_>, limit: i32) -> Result<usize> {
     // Most looks find nothing to do, and then write nothing.
     if let Some((mut peeked, _)) = peek(db)? {
-        let before = peeked.clone();
-        if look(db, &mut peeked, limit)?.is_empty() && peeked == before {
+        let is_idle = if peeked.gaps.is_empty() {
+            db.first_row(&IS_NEW, &[peeked.scanned_to.into()])?.is_none()
+        } else {
+            let before = peeked.clone();
+            look(db, &mut peeked, limit)?.is_empty() && peeked == before
+        };
+        if is_idle {
             return Ok(0);
         }
     }
@@ -199,9 +209,6 @@ static IS_MORE: Statement = Statement::new(
     &[INT8OID],
 );
 
-static NOTIFY: Statement =
-    Statement::new(|_| "SELECT pg_catalog.pg_notify($1, $2)".into(), &[TEXTOID, TEXTOID]);
-
 static ANNOUNCED_TO: Statement = Statement::new(
     |c| format!("UPDATE {}.event_frontier SET announced_to = $1", c.schema),
     &[INT8OID],
@@ -241,7 +248,11 @@ pub fn announce(db: &Db<'_>, limit: i32, aloud: bool) -> Result<usize> {
         notices.push(notice.payload()?);
     }
     for payload in notices {
-        db.run(&NOTIFY, &[CHANNEL.into(), payload.into()])?;
+        // SAFETY: a function of the server's that takes two texts.
+        unsafe {
+            let arguments = [CHANNEL.into_datum(), payload.into_datum()];
+            pgrx::direct_function_call_as_datum(pg_sys::pg_notify, &arguments);
+        }
     }
     if passed > 0 {
         db.run(&ANNOUNCED_TO, &[last.into()])?;

@@ -14,7 +14,7 @@ use pgrx::pg_sys::BuiltinOid::{INT8OID, TEXTARRAYOID, TEXTOID};
 
 use super::catalog::{self, Catalog};
 use super::row::Row;
-use super::session::{Session, read_session};
+use super::session::{self, Session};
 use super::statement::{Db, Statement, required};
 use crate::error::Result;
 
@@ -74,33 +74,32 @@ pub struct Caller {
     pub lost: Option<String>,
 }
 
-static CALLER: Statement = Statement::new(
+static LOST: Statement = Statement::new(
     |c| {
         format!(
-            "SELECT s.session_id, s.status, s.owner_role::oid, s.sd_id, s.claim_id, s.hostname,
-                    s.codebase,
-                    CASE WHEN s.lost_claim_id IS NOT NULL AND s.sd_id IS NULL THEN
-                        (SELECT h.sd_id FROM {x}.sd_claims h
-                          WHERE h.claim_id = s.lost_claim_id AND h.release_reason = '{REAPED}'
-                            AND NOT EXISTS (SELECT FROM {x}.sd_claims n
-                                             WHERE n.claim_id > s.lost_claim_id AND n.sd_id = h.sd_id))
-                    END
-               FROM {x}.claude_sessions s WHERE s.session_id = $1",
+            "SELECT h.sd_id FROM {x}.sd_claims h
+              WHERE h.claim_id = $1 AND h.release_reason = '{REAPED}'
+                AND NOT EXISTS (SELECT FROM {x}.sd_claims n
+                                 WHERE n.claim_id > $1 AND n.sd_id = h.sd_id)",
             x = c.schema
         )
     },
-    &[TEXTOID],
+    &[INT8OID],
 );
 
 /// The session, if it was ever registered.
 pub fn caller(db: &Db<'_>, session_id: &str) -> Result<Option<Caller>> {
-    let Some(row) = db.first_row(&CALLER, &[session_id.into()])? else {
+    let Some(session) = session::find(db, session_id)? else {
         return Ok(None);
     };
+    let lost = match session.lost_claim_id.filter(|_| session.sd_id.is_none()) {
+        Some(claim_id) => db.first_row(&LOST, &[claim_id.into()])?,
+        None => None,
+    };
     Ok(Some(Caller {
-        session: read_session(&row)?,
-        place: row.text(6)?.zip(row.text(7)?),
-        lost: row.text(8)?,
+        place: session.hostname.clone().zip(session.codebase.clone()),
+        lost: lost.map(|row| row.text(1)).transpose()?.flatten(),
+        session,
     }))
 }
 
@@ -192,20 +191,22 @@ pub fn next(db: &Db<'_>, among: Among<'_>, passed: &[String]) -> Result<Option<C
     }))
 }
 
-static AVAILABLE: Statement = Statement::new(
+static UNBLOCKED: Statement = Statement::new(
     |c| {
         format!(
-            "SELECT 1 FROM {}.v_sd_queue
-              WHERE sd_id = $1 AND eligibility = 'available' AND ($2 IS NULL OR track = $2)",
-            c.schema
+            "SELECT 1 FROM {x}.v_directives d
+              WHERE d.sd_id = $1 AND ($2 IS NULL OR d.track = $2)
+                AND NOT EXISTS (SELECT FROM {x}.sd_blockers(d.sd_id, d.dependencies))",
+            x = c.schema
         )
     },
     &[TEXTOID, TEXTOID],
 );
 
-/// Whether an SD can be claimed, on a snapshot that is younger than its lock.
-pub fn is_still_available(db: &Db<'_>, sd_id: &str, track: Option<&str>) -> Result<bool> {
-    Ok(!db.run_by_index(&AVAILABLE, &[sd_id.into(), track.into()])?.is_empty())
+/// Whether an SD still waits for no other, and is on the track, on a snapshot that is younger than its
+/// lock. The rest of what makes an SD eligible, a claim looks at by itself.
+pub fn is_unblocked(db: &Db<'_>, sd_id: &str, track: Option<&str>) -> Result<bool> {
+    Ok(!db.run_by_index(&UNBLOCKED, &[sd_id.into(), track.into()])?.is_empty())
 }
 
 // Reads the last acquisitions by their primary key. That of an SD which none of them follows is its

@@ -2,18 +2,19 @@
 
 use pgrx::prelude::*;
 
-use pgrx::heap_tuple::PgHeapTuple;
-use pgrx::{PgSqlErrorCode, WhoAllocated};
+use pgrx::PgSqlErrorCode;
 
-use super::{Row, run};
+use super::{Row, SessionTuple, Side, run};
 use crate::board::{self, Place};
 use crate::error::{ClaimError, Result};
+use crate::spi::row::Row as _;
+use crate::spi::table::layout::sessions as column;
 
 /// The table alone says when the session last beat, and answers its next heartbeat.
 #[pg_trigger]
 pub fn forget_heartbeat<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
     run(|| {
-        if let Some(new) = trigger.new() {
+        if let Some(new) = SessionTuple::of(trigger, Side::New) {
             check_finite(&new)?;
         }
         if let Some(session_id) = session_of(trigger) {
@@ -37,13 +38,15 @@ pub fn close_on_board<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
 }
 
 fn session_of(trigger: &PgTrigger<'_>) -> Option<String> {
-    super::column::<String, _>(&trigger.old()?, "session_id").ok()?
+    SessionTuple::of(trigger, Side::Old)?.text(column::SESSION_ID).ok()?
 }
 
 /// An infinite heartbeat would be immortal, or stale for ever.
-pub fn check_finite<A: WhoAllocated>(row: &PgHeapTuple<'_, A>) -> Result<()> {
-    for column in ["heartbeat_at", "silent_until"] {
-        let at = super::column::<TimestampWithTimeZone, A>(row, column)?;
+pub(super) fn check_finite(row: &SessionTuple) -> Result<()> {
+    for (column, position) in
+        [("heartbeat_at", column::HEARTBEAT_AT), ("silent_until", column::SILENT_UNTIL)]
+    {
+        let at = row.column::<TimestampWithTimeZone>(position)?;
         if at.is_some_and(|at| at.is_infinity() || at.is_neg_infinity()) {
             return Err(ClaimError::DirectWrite {
                 code: PgSqlErrorCode::ERRCODE_CHECK_VIOLATION,

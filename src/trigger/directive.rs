@@ -60,7 +60,7 @@ pub fn release_truncated_directives<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
                 return Err(ClaimError::NeedsReadCommitted { what: "truncate the backlog" });
             }
             while let Some(holder) = session::any_holder_of_nothing(db)? {
-                if let Some((_, claim_id)) = holder.claim {
+                if let Some(claim_id) = holder.claim_id {
                     session::let_go(db, &holder.session_id, claim_id, "sd_deleted", true)?;
                 }
             }
@@ -167,7 +167,7 @@ fn release(db: &Db<'_>, sd_id: &str, reason: &str) -> Result<()> {
     // The SD's row is locked by the statement that fired the trigger, so nobody can claim it; a
     // further round means that its session was just being released.
     while let Some(holder) = session::holder(db, sd_id)? {
-        if let Some((_, claim_id)) = holder.claim {
+        if let Some(claim_id) = holder.claim_id {
             session::let_go(db, &holder.session_id, claim_id, reason, true)?;
         }
     }

@@ -8,19 +8,18 @@ pub mod history;
 pub mod mirror;
 pub mod session;
 
-use std::cell::RefCell;
-use std::collections::HashMap;
 use std::convert::Infallible;
-use std::num::NonZeroUsize;
 
-use pgrx::datum::UnboxDatum;
+use chrono::{DateTime, TimeDelta, Utc};
+use pgrx::datum::{Interval, TimestampWithTimeZone};
 use pgrx::heap_tuple::PgHeapTuple;
-use pgrx::{AllocatedByRust, FromDatum, IntoDatum, PgTrigger, WhoAllocated, pg_sys};
+use pgrx::{AllocatedByRust, FromDatum, IntoDatum, PgTrigger, pg_sys};
 
 use crate::error::{ClaimError, Result};
-use chrono::{DateTime, Utc};
-use pgrx::datum::TimestampWithTimeZone;
-
+use crate::identity::Role;
+use crate::spi::row::Row as Columns;
+use crate::spi::session::Session;
+use crate::spi::table::layout::sessions;
 use crate::spi::time;
 
 /// What a trigger function gives back; errors are raised inside.
@@ -34,87 +33,72 @@ fn run<'a>(work: impl FnOnce() -> Result<Option<PgHeapTuple<'a, AllocatedByRust>
     }
 }
 
-/// The columns of a claude_sessions row that the triggers look at.
-#[derive(Debug, Clone, PartialEq)]
-struct SessionRow {
-    session_id: String,
-    sd_id: Option<String>,
-    claim_id: Option<i64>,
-    claimed_at: Option<DateTime<Utc>>,
-    track: Option<String>,
-    status: String,
-    released_at: Option<DateTime<Utc>>,
-    release_reason: Option<String>,
-    lost_claim_id: Option<i64>,
-    lost_to: Option<String>,
-    heartbeat_at: Option<DateTime<Utc>>,
-    stale_noted_for: Option<DateTime<Utc>>,
+/// A row of claude_sessions in one of its triggers.
+struct SessionTuple {
+    tuple: pg_sys::HeapTuple,
+    columns: pg_sys::TupleDesc,
 }
 
-impl SessionRow {
-    fn read<A: WhoAllocated>(tuple: &PgHeapTuple<'_, A>) -> Result<Self> {
-        let text = |name: &'static str| -> Result<Option<String>> { column(tuple, name) };
-        let instant = |name: &'static str| -> Result<Option<DateTime<Utc>>> {
-            Ok(column::<TimestampWithTimeZone, A>(tuple, name)?.map(time::from_server))
-        };
-        // Before the row is written its NOT NULL constraints have not been checked yet.
-        let not_null = |what: &'static str| move || ClaimError::Corrupt { what };
-        Ok(Self {
-            session_id: text("session_id")?.ok_or_else(not_null("claude_sessions.session_id"))?,
-            sd_id: text("sd_id")?,
-            claim_id: column(tuple, "claim_id")?,
-            claimed_at: instant("claimed_at")?,
-            track: text("track")?,
-            status: text("status")?.ok_or_else(not_null("claude_sessions.status"))?,
-            released_at: instant("released_at")?,
-            release_reason: text("release_reason")?,
-            lost_claim_id: column(tuple, "lost_claim_id")?,
-            lost_to: text("lost_to")?,
-            heartbeat_at: instant("heartbeat_at")?,
-            stale_noted_for: instant("stale_noted_for")?,
-        })
+impl SessionTuple {
+    fn of(trigger: &PgTrigger<'_>, side: Side) -> Option<Self> {
+        let tuple = tuple_of(trigger, side)?;
+        // SAFETY: in a row trigger the server gives a valid relation.
+        Some(Self { tuple, columns: unsafe { (*trigger.trigger_data().tg_relation).rd_att } })
     }
 
-    /// The SD and the acquisition that the row holds.
-    fn claim(&self) -> Option<(&str, i64)> {
-        self.sd_id.as_deref().zip(self.claim_id)
-    }
-}
-
-thread_local! {
-    /// Where the columns of claude_sessions are. They were made with the table and stay there.
-    static POSITIONS: RefCell<HashMap<&'static str, NonZeroUsize>> = RefCell::new(HashMap::new());
-}
-
-/// A column of a claude_sessions row.
-fn column<'t, T, A: WhoAllocated>(
-    tuple: &'t PgHeapTuple<'_, A>,
-    name: &'static str,
-) -> Result<Option<T>>
-where
-    T: FromDatum + IntoDatum + UnboxDatum<As<'t> = T> + 't,
-{
-    let known = POSITIONS.with_borrow(|positions| positions.get(name).copied());
-    let position = match known {
-        Some(position) => position,
-        None => {
-            let (position, _) = tuple
-                .get_attribute_by_name(name)
-                .ok_or(ClaimError::Corrupt { what: "claude_sessions" })?;
-            POSITIONS.with_borrow_mut(|positions| positions.insert(name, position));
-            position
+    fn get<T: FromDatum>(&self, position: usize, of_type: pg_sys::Oid) -> Result<Option<T>> {
+        let position = position as i32;
+        // SAFETY: the server gives a tuple of the relation's row type; the value is of the type that is
+        // asked for, and copied.
+        unsafe {
+            if pg_sys::SPI_gettypeid(self.columns, position) != of_type {
+                return Err(ClaimError::Corrupt { what: "claude_sessions" });
+            }
+            let mut is_null = false;
+            let value = pg_sys::SPI_getbinval(self.tuple, self.columns, position, &mut is_null);
+            Ok(T::from_datum(value, is_null))
         }
-    };
-    Ok(tuple.get_by_index(position)?)
+    }
+
+    fn column<T: FromDatum + IntoDatum>(&self, position: usize) -> Result<Option<T>> {
+        self.get(position, T::type_oid())
+    }
+
+    fn owner_role(&self) -> Result<Option<pg_sys::Oid>> {
+        self.get(sessions::OWNER_ROLE, pg_sys::REGROLEOID)
+    }
+}
+
+impl Columns for SessionTuple {
+    fn text(&self, position: usize) -> Result<Option<String>> {
+        self.column(position)
+    }
+
+    fn bigint(&self, position: usize) -> Result<Option<i64>> {
+        self.column(position)
+    }
+
+    fn instant(&self, position: usize) -> Result<Option<DateTime<Utc>>> {
+        Ok(self.column::<TimestampWithTimeZone>(position)?.map(time::from_server))
+    }
+
+    fn time(&self, position: usize) -> Result<Option<TimeDelta>> {
+        Ok(self.column::<Interval>(position)?.map(|interval| time::from_interval(&interval)))
+    }
+
+    fn role(&self, position: usize, what: &'static str) -> Result<Role> {
+        self.get(position, pg_sys::REGROLEOID)?.map(Role).ok_or(ClaimError::Corrupt { what })
+    }
+
+    fn flag(&self, position: usize) -> Result<bool> {
+        Ok(self.column(position)?.unwrap_or(false))
+    }
 }
 
 /// OLD and NEW, as far as the operation has them.
-fn session_rows<'a>(
-    trigger: &'a PgTrigger<'a>,
-) -> Result<(Option<SessionRow>, Option<SessionRow>)> {
-    let old = trigger.old().map(|tuple| SessionRow::read(&tuple)).transpose()?;
-    let new = trigger.new().map(|tuple| SessionRow::read(&tuple)).transpose()?;
-    Ok((old, new))
+fn session_rows(trigger: &PgTrigger<'_>) -> Result<(Option<Session>, Option<Session>)> {
+    let read = |side| SessionTuple::of(trigger, side).map(|row| Session::read(&row)).transpose();
+    Ok((read(Side::Old)?, read(Side::New)?))
 }
 
 /// Whether a dump is being restored, whose rows bring along what belongs to them. Every script of
@@ -138,14 +122,22 @@ enum Side {
     New,
 }
 
+/// The row, if the operation has it.
+fn tuple_of(trigger: &PgTrigger<'_>, side: Side) -> Option<pg_sys::HeapTuple> {
+    let data = trigger.trigger_data();
+    match (side, trigger.old().is_some(), trigger.new().is_some()) {
+        (Side::Old, true, _) | (Side::New, false, true) => Some(data.tg_trigtuple),
+        (Side::New, true, true) => Some(data.tg_newtuple),
+        _ => None,
+    }
+}
+
 /// A column of any type as text.
 fn text_of(trigger: &PgTrigger<'_>, side: Side, column: &str) -> Result<Option<String>> {
-    let data = trigger.trigger_data();
-    let is_update = trigger.old().is_some() && trigger.new().is_some();
-    let tuple = match side {
-        Side::New if is_update => data.tg_newtuple,
-        Side::New | Side::Old => data.tg_trigtuple,
+    let Some(tuple) = tuple_of(trigger, side) else {
+        return Ok(None);
     };
+    let data = trigger.trigger_data();
     let gone = || ClaimError::ColumnGone {
         table: trigger.table_name().unwrap_or_default(),
         column: column.to_owned(),

@@ -1,18 +1,20 @@
 //! Before a session's row is written: a direct write is made whole, or refused with a reason.
 
 use pg_claims_core::refusal::Refusal;
-use pg_claims_core::{age, id, text};
-use pgrx::datum::Interval;
+use pg_claims_core::{id, text};
 use pgrx::heap_tuple::PgHeapTuple;
 use pgrx::prelude::*;
-use pgrx::{AllocatedByRust, PgSqlErrorCode, WhoAllocated};
+use pgrx::{AllocatedByRust, PgSqlErrorCode};
 
 use chrono::TimeDelta;
 
 use super::board::check_finite;
-use super::{Row, SessionRow, column, is_restoring, run};
+use super::{Row, SessionTuple, Side, is_restoring, run};
 use crate::error::{ClaimError, Result};
 use crate::spi::claim::{self, Picture};
+use crate::spi::row::Row as _;
+use crate::spi::session::Session;
+use crate::spi::table::layout::sessions as column;
 use crate::spi::{Db, conflict, directive, time};
 
 /// The reason recorded for a claim that ended by a direct write that gave none.
@@ -21,18 +23,22 @@ const DIRECT_WRITE: &str = "direct_write";
 #[pg_trigger]
 pub fn complete_session_write<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
     run(|| {
-        let old = trigger.old().map(|tuple| SessionRow::read(&tuple)).transpose()?;
-        let Some(tuple) = trigger.new() else {
+        let old =
+            SessionTuple::of(trigger, Side::Old).map(|row| Session::read(&row)).transpose()?;
+        let (Some(tuple), Some(columns)) = (trigger.new(), SessionTuple::of(trigger, Side::New))
+        else {
             return Ok(None);
         };
-        let missing =
-            |column| tuple.get_by_name::<String>(column).is_ok_and(|value| value.is_none());
-        if missing("session_id") || missing("status") {
+        if columns.text(column::SESSION_ID)?.is_none()
+            || columns.text(column::STATUS)?.is_none()
+            || columns.instant(column::HEARTBEAT_AT)?.is_none()
+            || columns.owner_role()?.is_none()
+        {
             // The table's NOT NULL constraints say it best.
             return Ok(Some(tuple.into_owned()));
         }
-        let new = SessionRow::read(&tuple)?;
-        check_values(&tuple, &new)?;
+        let new = Session::read(&columns)?;
+        check_values(&columns, &new)?;
         let whole = match &old {
             None => complete_insert(&new)?,
             Some(old) => complete_update(old, &new)?,
@@ -46,7 +52,7 @@ pub fn complete_session_write<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
 }
 
 /// What no row may say, whoever writes it. What comes of a claim is a constraint of the table's.
-fn check_values<A: WhoAllocated>(tuple: &PgHeapTuple<'_, A>, row: &SessionRow) -> Result<()> {
+fn check_values(tuple: &SessionTuple, row: &Session) -> Result<()> {
     check_finite(tuple)?;
     let refused = |message: String, hint| ClaimError::DirectWrite {
         code: PgSqlErrorCode::ERRCODE_CHECK_VIOLATION,
@@ -58,8 +64,7 @@ fn check_values<A: WhoAllocated>(tuple: &PgHeapTuple<'_, A>, row: &SessionRow) -
         let message = format!("a session cannot be \"{}\"", row.status);
         return Err(refused(message, "Write active, idle or released; stale is never stored."));
     }
-    let stale_after = column::<Interval, A>(tuple, "stale_after")?;
-    if stale_after.is_some_and(|lease| time::from_interval(&lease) <= TimeDelta::zero()) {
+    if row.stale_after.is_some_and(|lease| lease <= TimeDelta::zero()) {
         return Err(refused(
             "a lease must be longer than nothing".into(),
             "Write NULL for the usual one.",
@@ -69,7 +74,7 @@ fn check_values<A: WhoAllocated>(tuple: &PgHeapTuple<'_, A>, row: &SessionRow) -
 }
 
 /// The row that is to be written instead, or `None` where it is whole already.
-fn complete_insert(new: &SessionRow) -> Result<Option<SessionRow>> {
+fn complete_insert(new: &Session) -> Result<Option<Session>> {
     id::check(Some(&new.session_id))
         .map_err(|rule| ClaimError::InvalidId { argument: "session_id", rule })?;
     let Some(sd_id) = &new.sd_id else {
@@ -87,7 +92,7 @@ fn complete_insert(new: &SessionRow) -> Result<Option<SessionRow>> {
     claim_by_hand(new, sd_id, &[]).map(Some)
 }
 
-fn complete_update(old: &SessionRow, new: &SessionRow) -> Result<Option<SessionRow>> {
+fn complete_update(old: &Session, new: &Session) -> Result<Option<Session>> {
     if new.session_id != old.session_id {
         return Err(ClaimError::DirectWrite {
             code: PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
@@ -148,7 +153,7 @@ fn complete_update(old: &SessionRow, new: &SessionRow) -> Result<Option<SessionR
 }
 
 /// Takes the claim out of the row and says when and why.
-fn let_go(old: &SessionRow, row: &mut SessionRow) {
+fn let_go(old: &Session, row: &mut Session) {
     row.sd_id = None;
     row.claim_id = None;
     row.claimed_at = None;
@@ -167,7 +172,7 @@ fn let_go(old: &SessionRow, row: &mut SessionRow) {
 
 /// Checks a claim that was written by hand and gives it its token and time. The acquisition itself
 /// is opened once the row is written: an INSERT … ON CONFLICT may yet leave this row out.
-fn claim_by_hand(row: &SessionRow, sd_id: &str, given_up: &[&str]) -> Result<SessionRow> {
+fn claim_by_hand(row: &Session, sd_id: &str, given_up: &[&str]) -> Result<Session> {
     id::check(Some(sd_id)).map_err(|rule| ClaimError::InvalidId { argument: "sd_id", rule })?;
     Db::connect(|db| {
         let canonical = match claim::look(db, None, sd_id)?.sd {
@@ -190,15 +195,15 @@ fn claim_by_hand(row: &SessionRow, sd_id: &str, given_up: &[&str]) -> Result<Ses
             Some(sd) => check_may_be_claimed(db, sd, &row.session_id)?,
         }
         if picture.owner.as_ref().is_some_and(|(owner, _)| owner.session_id != row.session_id) {
-            return Err(claimed_by_another(&picture, sd_id));
+            return Err(picture.claimed_by_another(sd_id));
         }
         let now = time::now();
-        Ok(SessionRow {
+        Ok(Session {
             sd_id: Some(canonical),
             claim_id: Some(claim::next_id(db)?),
             claimed_at: Some(now),
             // A claim is a sign of life.
-            heartbeat_at: row.heartbeat_at.max(Some(now)),
+            heartbeat_at: row.heartbeat_at.max(now),
             status: "active".into(),
             lost_claim_id: None,
             lost_to: None,
@@ -231,7 +236,7 @@ fn refused(refusal: &Refusal) -> ClaimError {
     }
 }
 
-fn write(tuple: &mut PgHeapTuple<'_, AllocatedByRust>, row: &SessionRow) -> Result<()> {
+fn write(tuple: &mut PgHeapTuple<'_, AllocatedByRust>, row: &Session) -> Result<()> {
     let instant = |at: Option<_>| at.map(time::to_server).transpose();
     tuple.set_by_name("sd_id", row.sd_id.clone())?;
     tuple.set_by_name("claim_id", row.claim_id)?;
@@ -242,12 +247,12 @@ fn write(tuple: &mut PgHeapTuple<'_, AllocatedByRust>, row: &SessionRow) -> Resu
     tuple.set_by_name("release_reason", row.release_reason.clone())?;
     tuple.set_by_name("lost_claim_id", row.lost_claim_id)?;
     tuple.set_by_name("lost_to", row.lost_to.clone())?;
-    tuple.set_by_name("heartbeat_at", instant(row.heartbeat_at)?)?;
+    tuple.set_by_name("heartbeat_at", instant(Some(row.heartbeat_at))?)?;
     tuple.set_by_name("updated_at", time::to_server(time::now())?)?;
     Ok(())
 }
 
-fn claim_id_is_assigned(row: &SessionRow) -> ClaimError {
+fn claim_id_is_assigned(row: &Session) -> ClaimError {
     ClaimError::DirectWrite {
         code: PgSqlErrorCode::ERRCODE_GENERATED_ALWAYS,
         message: "claim_id and claimed_at are assigned by the server".into(),
@@ -256,7 +261,7 @@ fn claim_id_is_assigned(row: &SessionRow) -> ClaimError {
     }
 }
 
-fn contradiction(row: &SessionRow) -> ClaimError {
+fn contradiction(row: &Session) -> ClaimError {
     ClaimError::DirectWrite {
         code: PgSqlErrorCode::ERRCODE_CHECK_VIOLATION,
         message: format!(
@@ -293,24 +298,5 @@ fn finished_sd(picture: &Picture, sd_id: &str) -> ClaimError {
         message: format!("SD \"{sd_id}\" is {status}"),
         detail: None,
         hint: "Set the SD's status back if there is more work to do on it.",
-    }
-}
-
-pub fn claimed_by_another(picture: &Picture, sd_id: &str) -> ClaimError {
-    let detail = picture.owner.as_ref().map(|(owner, _)| {
-        format!(
-            "Session \"{}\" holds it, heartbeat {}, hostname {}, tty {}, codebase {}.",
-            owner.session_id,
-            age::human(owner.heartbeat_age),
-            text::told(&owner.hostname),
-            text::told(&owner.tty),
-            text::told(&owner.codebase),
-        )
-    });
-    ClaimError::DirectWrite {
-        code: PgSqlErrorCode::ERRCODE_UNIQUE_VIOLATION,
-        message: format!("SD \"{sd_id}\" is already claimed"),
-        detail,
-        hint: "Release it there first; claim_sd() takes over from a stale session.",
     }
 }

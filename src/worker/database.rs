@@ -40,6 +40,8 @@ const SETTINGS: &[(&CStr, &CStr)] = &[
     (c"idle_in_transaction_session_timeout", c"0"),
     #[cfg(any(feature = "pg17", feature = "pg18"))]
     (c"transaction_timeout", c"0"),
+    // Its statements take less time than compiling them would.
+    (c"jit", c"off"),
     // The triggers that keep everything in step fire.
     (c"session_replication_role", c"origin"),
 ];

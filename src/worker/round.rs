@@ -232,7 +232,7 @@ fn release_ended_connections(run: &mut health::Run) -> bool {
                 return Ok(());
             }
             let Some(found) = session::find(db, &ended.session_id)? else { return Ok(()) };
-            if let Some((sd_id, claim_id)) = found.claim {
+            if let Some((sd_id, claim_id)) = found.sd_id.zip(found.claim_id) {
                 directive::lock(db, vec![sd_id])?;
                 session::let_go(db, &ended.session_id, claim_id, CONNECTION_ENDED, true)?;
             }

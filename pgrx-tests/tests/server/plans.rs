@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use pg_claims_tests::TestDb;
+use pg_claims_tests::{TestDb, is_watched, watch};
 use postgres::{Client, NoTls};
 
 use crate::support::*;
@@ -93,52 +93,60 @@ impl Planner {
     }
 }
 
-/// What is done on the claim path, with the number of statements that it runs on the tables.
-const CALLS: [(&str, usize); 14] = [
-    // A refusal looks once.
-    ("SELECT claim_sd('SD-2', 'session-1')", 1),
-    // A claim looks, locks, looks again, opens, grants; audit and mirror follow.
-    ("SELECT claim_sd('SD-1', 'session-1')", 7),
-    // Claiming again looks and beats.
-    ("SELECT claim_sd('SD-1', 'session-1')", 2),
-    // A switch also locks the old SD and its acquisition, closes that and clears the SD.
-    ("SELECT claim_sd('SD-3', 'session-1')", 11),
-    ("SELECT update_session_heartbeat('session-1')", 1),
-    ("SELECT release_sd('session-1')", 6),
-    ("SELECT is_sd_claimed('SD-2')", 1),
-    // The queue looks at the session, chooses and locks, and looks again; then as a claim, with one look.
-    ("SELECT claim_next_sd('session-1')", 8),
-    ("SELECT release_sd('session-1')", 6),
-    ("SELECT register_session('session-1')", 2),
-    ("UPDATE strategic_directives_v2 SET status = 'completed' WHERE sd_id = 'SD-4'", 7),
-    ("SELECT * FROM v_active_sessions WHERE sd_id = 'SD-2'", 1),
-    ("SELECT * FROM v_active_sessions WHERE session_id = 'session-2'", 1),
-    ("SELECT end_session('session-6')", 7),
+/// What is done on the claim path, with the number of statements that it runs on the tables; and with
+/// their number where a user's triggers have to be fired.
+const CALLS: [(&str, usize, usize); 14] = [
+    ("SELECT claim_sd('SD-2', 'session-1')", 0, 0),
+    // Opens the acquisition, gives it to the session; audit and mirror.
+    ("SELECT claim_sd('SD-1', 'session-1')", 0, 4),
+    // Claiming again is a heartbeat.
+    ("SELECT claim_sd('SD-1', 'session-1')", 0, 1),
+    // A switch also closes the old one, and its mirror.
+    ("SELECT claim_sd('SD-3', 'session-1')", 0, 6),
+    ("SELECT update_session_heartbeat('session-1')", 0, 1),
+    ("SELECT release_sd('session-1')", 0, 4),
+    ("SELECT is_sd_claimed('SD-2')", 0, 0),
+    // The queue chooses and locks, and looks again.
+    ("SELECT claim_next_sd('session-1')", 2, 6),
+    ("SELECT release_sd('session-1')", 0, 4),
+    ("SELECT register_session('session-1')", 1, 1),
+    ("UPDATE strategic_directives_v2 SET status = 'completed' WHERE sd_id = 'SD-4'", 1, 5),
+    ("SELECT * FROM v_active_sessions WHERE sd_id = 'SD-2'", 1, 1),
+    ("SELECT * FROM v_active_sessions WHERE session_id = 'session-2'", 1, 1),
+    ("SELECT end_session('session-6')", 1, 6),
 ];
 
 #[test]
 fn the_claim_path_reads_by_index_and_runs_no_more_statements_than_it_needs() {
     let (db, _c) = crowded();
+    let mut counts = Vec::new();
     for mode in ["force_custom_plan", "force_generic_plan"] {
         // A transaction that is rolled back, so that both modes see the same.
         let mut planner = Planner::new(&db, mode, "strategic_directives_v2");
         planner.client.batch_execute("BEGIN").unwrap();
-        for (call, statements) in CALLS {
+        for (call, directly, with_triggers) in CALLS {
+            let statements = if is_watched() { with_triggers } else { directly };
             let plans = planner.plans_of(call);
             for plan in &plans {
                 assert!(!plan.contains("{SEQSCAN"), "{mode}: {call}:\n{plan}");
             }
             if mode == "force_custom_plan" {
-                assert_eq!(plans.len(), statements, "{call}:\n{}", plans.join("\n\n"));
+                counts.push((call, plans.len(), statements));
             }
         }
         planner.client.batch_execute("ROLLBACK").unwrap();
     }
+    counts.retain(|(_, ran, needed)| ran != needed);
+    assert!(counts.is_empty(), "statements that ran, and that are needed: {counts:#?}");
 }
 
 #[test]
 fn hot_statements_run_on_kept_plans() {
     let (db, mut c) = coordinated();
+    // Where the table has a trigger of the user's, statements do the work.
+    if !is_watched() {
+        watch(&mut c);
+    }
     granted(&mut c, "SD-1", "s1");
     let mut planner = Planner::new(&db, "auto", "strategic_directives_v2");
     let calls = [
@@ -176,7 +184,7 @@ fn a_uuid_key_and_an_alias_are_found_by_index() {
     let id = value(&mut c, "SELECT id FROM jobs WHERE legacy_id = 'L-77'").unwrap();
     let mut planner = Planner::new(&db, "force_custom_plan", "jobs");
     // Three sessions the server rightly reads as a whole; 100,000 jobs it must not.
-    let jobs = planner.relations.pop().unwrap();
+    let jobs = planner.relations[3].clone();
     for call in [
         "SELECT claim_sd('L-77', 's1')".to_owned(),
         format!("SELECT claim_sd('{id}', 's2')"),

@@ -15,6 +15,8 @@ function complete_session_write()
 function declare_conflict(text,text,text,text)
 function dependency_cycles()
 function dependency_keys(text)
+function elapsed_minutes(timestamp with time zone,timestamp with time zone)
+function elapsed_seconds(timestamp with time zone,timestamp with time zone)
 function end_session(text,text)
 function extend_lease(text,interval,bigint)
 function force_heartbeat(text)
@@ -147,6 +149,9 @@ unique index sd_holds_pkey
 unique index session_lifecycle_events_pkey
 unique index strategic_directives_v2_pkey
 unique index worker_health_pkey";
+    let mut found = found;
+    // The tests' own, where they put one on every table.
+    found.retain(|line| !line.starts_with("trigger watch on "));
     assert_eq!(found.join("\n"), expected);
 }
 
@@ -195,11 +200,13 @@ fn everything_has_a_comment_and_functions_pin_their_search_path() {
            JOIN pg_proc p ON d.classid = 'pg_proc'::regclass AND p.oid = d.objid
           WHERE d.deptype = 'e' AND NOT p.prosecdef ORDER BY 1",
     );
-    let touch_no_table = [
+    let without = [
         "check_guarded_write",
         "claim_reclaimable_at",
         "close_on_board",
         "dependency_keys",
+        "elapsed_minutes",
+        "elapsed_seconds",
         "forget_heartbeat",
         "heartbeat_age_human",
         "heartbeat_board",
@@ -209,6 +216,8 @@ fn everything_has_a_comment_and_functions_pin_their_search_path() {
         "refuse_guarded_truncate",
         // Reads views, with the rights of whoever reads.
         "sd_blockers",
+        // Takes the owner's rights where the board does not know the session.
+        "update_session_heartbeat",
     ];
-    assert_eq!(invoker, touch_no_table);
+    assert_eq!(invoker, without);
 }

@@ -11,19 +11,19 @@ use chrono::{DateTime, Utc};
 use pg_claims_core::outcome::{Claimed, Owner, TookOver};
 use pg_claims_core::queue::Queued;
 use pg_claims_core::refusal::Refusal;
-use pgrx::pg_sys::BuiltinOid::{BOOLOID, INT8OID, TEXTOID, TIMESTAMPTZOID};
 
-use super::history;
+use super::Granting;
+use super::history::{self, Opened};
 use super::picture::{self, Picture};
 use super::reap;
-use super::{Ending, Granting};
 use crate::board::Place;
 use crate::error::{ClaimError, Result};
 use crate::guc;
-use crate::spi::session::{self, Session};
-use crate::spi::statement::{Db, Statement};
-use crate::spi::time;
-use crate::spi::{conflict, directive, guard};
+use crate::identity::Role;
+use crate::spi::session::{self, Held, Session};
+use crate::spi::statement::Db;
+use crate::spi::table::Wait;
+use crate::spi::{conflict, directive, guard, heartbeat, time};
 
 /// How often to look again before giving up. Each round means that another transaction has
 /// committed a change to the same SD or session since the last look, so a few suffice; only
@@ -37,6 +37,7 @@ const TAKEN_OVER: &str = "taken_over";
 enum Verdict {
     Refuse(Refusal),
     AlreadyHeld {
+        owner_role: Role,
         claim_id: i64,
         sd_id: String,
         claimed_at: DateTime<Utc>,
@@ -44,7 +45,8 @@ enum Verdict {
     },
     Take {
         sd_id: String,
-        gives_up: Option<(String, i64)>,
+        /// The session, with what it gives up for the SD.
+        session: Box<Session>,
         /// Who loses the SD: a stale owner, or any by force.
         loser: Option<Owner>,
         has_conflicts: bool,
@@ -87,8 +89,9 @@ pub fn acquire(
         }
         match judge(picture, request, &may_act_for)? {
             Verdict::Refuse(refusal) => return Ok(Err(refusal)),
-            Verdict::AlreadyHeld { claim_id, sd_id, claimed_at, track } => {
-                if touch(db, session_id, claim_id)? {
+            Verdict::AlreadyHeld { owner_role, claim_id, sd_id, claimed_at, track } => {
+                // A claim is a sign of life.
+                if heartbeat::beat(db, session_id, owner_role, Some(claim_id))?.is_some() {
                     return Ok(Ok(Claimed {
                         success: true,
                         session_id: session_id.to_owned(),
@@ -102,9 +105,9 @@ pub fn acquire(
                     }));
                 }
             }
-            Verdict::Take { sd_id, gives_up, loser, has_conflicts } => {
+            Verdict::Take { session, sd_id, loser, has_conflicts } => {
                 let mut concerned = vec![sd_id.clone()];
-                concerned.extend(gives_up.as_ref().map(|(given_up, _)| given_up.clone()));
+                concerned.extend(session.sd_id.clone());
                 let is_locked = concerned.iter().all(|sd_id| locked.contains(sd_id));
                 if has_conflicts {
                     if is_locked && queued.is_none() {
@@ -121,17 +124,17 @@ pub fn acquire(
                     locked.extend(directive::lock(db, concerned)?);
                     // The SD that is given up need not be there any more; the one to be claimed is
                     // looked for again, and locked, until it is.
-                    locked.extend(gives_up.map(|(given_up, _)| given_up));
+                    locked.extend(session.sd_id);
                     continue;
                 }
                 // A stale owner whose row somebody is writing may be beating this very moment.
                 if let Some(owner) = loser.as_ref().filter(|_| queued.is_some())
-                    && !session::try_hold(db, &owner.session_id, owner.claim_id)?
+                    && hold_owner(db, owner, Wait::Skip)?.is_none()
                 {
                     return Ok(Err(Refusal::SdBusy { sd_id }));
                 }
                 let request = Request { sd_id: &sd_id, ..request };
-                if let Some(claimed) = take(db, request, gives_up, loser)? {
+                if let Some(claimed) = take(db, request, &session, loser)? {
                     return Ok(Ok(claimed));
                 }
             }
@@ -163,12 +166,12 @@ fn judge(
         let sd_id = request.sd_id.to_owned();
         return Ok(Verdict::Refuse(Refusal::SdNotFound { sd_id }));
     };
-    if let (Some((held, claim_id)), Some((claimed_at, track))) =
-        (&session.claim, picture.held_since)
-        && (*held == sd.sd_id || request.queued.is_some())
+    if let (Some((held, claim_id)), Some(claimed_at)) = (session.claim(), session.claimed_at)
+        && (held == sd.sd_id || request.queued.is_some())
     {
-        let claim_id = *claim_id;
-        return Ok(Verdict::AlreadyHeld { claim_id, sd_id: held.clone(), claimed_at, track });
+        let (sd_id, track) = (held.to_owned(), session.track);
+        let owner_role = session.owner_role;
+        return Ok(Verdict::AlreadyHeld { owner_role, claim_id, sd_id, claimed_at, track });
     }
     if sd.is_terminal {
         let status = sd.status.unwrap_or_default();
@@ -188,18 +191,18 @@ fn judge(
         return Ok(Verdict::Refuse(Refusal::Held { sd_id: sd.sd_id, hold }));
     }
     let has_conflicts = sd.has_conflicts;
-    Ok(Verdict::Take { sd_id: sd.sd_id, gives_up: session.claim, loser, has_conflicts })
+    Ok(Verdict::Take { sd_id: sd.sd_id, session: Box::new(session), loser, has_conflicts })
 }
 
 /// Writes the claim. `None` when something changed since the look; then nothing is left behind.
 fn take(
     db: &Db<'_>,
     request: Request<'_>,
-    gives_up: Option<(String, i64)>,
+    session: &Session,
     loser: Option<Owner>,
 ) -> Result<Option<Claimed>> {
     let Request { sd_id, session_id, track, force, queued } = request;
-    let held = gives_up.as_ref().map(|(_, claim_id)| *claim_id);
+    let held = session.claim_id;
     if let Some(held) = held {
         guard::exclude(db, held)?;
     }
@@ -213,14 +216,22 @@ fn take(
         }
         // Its own session is locked before the owner loses anything: nobody is evicted for a claim
         // that is refused in the end.
-        if !hold_session(db, session_id, held)? || !expire(db, owner, session_id, force)? {
+        let is_held = session::hold(db, session_id, Wait::Block)?
+            .is_some_and(|now| !now.session.is_released() && now.session.claim_id == held);
+        if !is_held || !expire(db, owner, session_id, force)? {
             return Ok(None);
         }
     }
-    let took_over = loser.as_ref().map(|owner| owner.claim_id);
-    let Some((claim_id, claimed_at)) =
-        history::open(db, sd_id, session_id, track, took_over, queued)?
-    else {
+    let opened = Opened {
+        sd_id,
+        session_id,
+        track,
+        hostname: session.hostname.as_deref(),
+        codebase: session.codebase.as_deref(),
+        took_over: loser.as_ref().map(|owner| owner.claim_id),
+        queued,
+    };
+    let Some((claim_id, claimed_at)) = history::open(db, opened)? else {
         return match loser {
             None => Ok(None),
             // The SD is locked and its owner has just lost it: an acquisition that is still open
@@ -240,102 +251,38 @@ fn take(
         claimed_at,
         claim_id,
         already_owned: false,
-        released_sd: gives_up.map(|(given_up, _)| given_up),
+        released_sd: session.sd_id.clone(),
         took_over: loser.as_ref().map(TookOver::from),
     }))
 }
 
-static TOUCH: Statement = Statement::new(
-    |c| {
-        format!(
-            "UPDATE {}.claude_sessions
-                SET heartbeat_at = GREATEST(heartbeat_at, pg_catalog.clock_timestamp())
-              WHERE session_id = $1 AND claim_id = $2
-          RETURNING 1",
-            c.schema
-        )
-    },
-    &[TEXTOID, INT8OID],
-);
-
-/// A claim is a sign of life.
-fn touch(db: &Db<'_>, session_id: &str, claim_id: i64) -> Result<bool> {
-    Ok(db.first_row(&TOUCH, &[session_id.into(), claim_id.into()])?.is_some())
+/// The owner's row, locked while the owner still has the claim.
+fn hold_owner(db: &Db<'_>, owner: &Owner, wait: Wait) -> Result<Option<Held>> {
+    let held = session::hold(db, &owner.session_id, wait)?;
+    Ok(held.filter(|held| held.session.claim_id == Some(owner.claim_id)))
 }
-
-static HOLD_SESSION: Statement = Statement::new(
-    |c| {
-        format!(
-            "SELECT 1 FROM {}.claude_sessions
-              WHERE session_id = $1 AND status <> 'released'
-                AND claim_id IS NOT DISTINCT FROM $2
-                FOR NO KEY UPDATE",
-            c.schema
-        )
-    },
-    &[TEXTOID, INT8OID],
-);
-
-/// Locks the session while it still holds `held` and nothing else.
-fn hold_session(db: &Db<'_>, session_id: &str, held: Option<i64>) -> Result<bool> {
-    Ok(db.first_row(&HOLD_SESSION, &[session_id.into(), held.into()])?.is_some())
-}
-
-// Waits for a heartbeat that is being written, then compares against the row as that left it: a
-// heartbeat that was committed first wins.
-static EXPIRE: Statement = Statement::new(
-    |c| {
-        format!(
-            "UPDATE {x}.claude_sessions
-                SET sd_id = NULL, claim_id = NULL, claimed_at = NULL, track = NULL,
-                    status = 'idle', silent_until = NULL,
-                    lost_claim_id = claim_id, lost_to = $3,
-                    released_at = pg_catalog.clock_timestamp(), release_reason = $4,
-                    updated_at = pg_catalog.clock_timestamp()
-              WHERE session_id = $1 AND claim_id = $2
-                AND ($5 OR {reclaimable_at} <= pg_catalog.clock_timestamp())
-          RETURNING 1",
-            x = c.schema,
-            reclaimable_at = super::reclaimable_at(&c.schema),
-        )
-    },
-    &[TEXTOID, INT8OID, TEXTOID, TEXTOID, BOOLOID],
-);
 
 /// Ends the owner's claim if its lease has expired, or by force.
 fn expire(db: &Db<'_>, owner: &Owner, in_favour_of: &str, force: Option<&str>) -> Result<bool> {
-    let arguments = [
-        owner.session_id.as_str().into(),
-        owner.claim_id.into(),
-        in_favour_of.into(),
-        force.unwrap_or(TAKEN_OVER).into(),
-        force.is_some().into(),
-    ];
-    // Its row first: a heartbeat that is being written has then been, and none comes any more.
-    if !hold_session(db, &owner.session_id, Some(owner.claim_id))? {
+    // Its row first: a heartbeat that is being written has then been, and is seen, and none comes any
+    // more once the board is closed.
+    let Some(held) = hold_owner(db, owner, Wait::Block)? else {
+        return Ok(false);
+    };
+    Place::of(db.catalog()?.sessions, &owner.session_id).close();
+    let now = time::now();
+    let lease = held.session.lease(heartbeat::latest_of(db, &held.session)?);
+    if force.is_none() && lease.reclaimable_at(&guc::lease_rules()) > now {
         return Ok(false);
     }
-    Place::of(db.catalog()?.sessions, &owner.session_id).close();
-    let _ending = Ending::new();
-    Ok(db.first_row(&EXPIRE, &arguments)?.is_some())
+    let reason = force.unwrap_or(TAKEN_OVER);
+    let loser = Session {
+        lost_to: Some(in_favour_of.to_owned()),
+        ..held.session.without_claim(now, reason, true)
+    };
+    held.write(db, &loser)?;
+    Ok(true)
 }
-
-static GRANT: Statement = Statement::new(
-    |c| {
-        format!(
-            "UPDATE {}.claude_sessions
-                SET sd_id = $2, claim_id = $3, claimed_at = $4, track = $5, status = 'active',
-                    heartbeat_at = GREATEST(heartbeat_at, pg_catalog.clock_timestamp()),
-                    lost_claim_id = NULL, lost_to = NULL,
-                    updated_at = pg_catalog.clock_timestamp()
-              WHERE session_id = $1 AND status <> 'released'
-                AND claim_id IS NOT DISTINCT FROM $6
-          RETURNING 1",
-            c.schema
-        )
-    },
-    &[TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, TEXTOID, INT8OID],
-);
 
 /// Gives the open acquisition to its session while that still holds `held` and nothing else.
 fn grant(
@@ -348,17 +295,22 @@ fn grant(
     held: Option<i64>,
 ) -> Result<bool> {
     let granting = Granting::new(claim_id);
-    let arguments = [
-        session_id.into(),
-        sd_id.into(),
-        claim_id.into(),
-        time::to_server(claimed_at)?.into(),
-        track.into(),
-        held.into(),
-    ];
-    let granted = db.first_row(&GRANT, &arguments)?.is_some();
+    let granted = session::change(db, session_id, |session| {
+        (!session.is_released() && session.claim_id == held).then(|| Session {
+            sd_id: Some(sd_id.to_owned()),
+            claim_id: Some(claim_id),
+            claimed_at: Some(claimed_at),
+            track: track.map(str::to_owned),
+            status: "active".into(),
+            // A claim is a sign of life.
+            heartbeat_at: session.heartbeat_at.max(time::now()),
+            lost_claim_id: None,
+            lost_to: None,
+            ..session.clone()
+        })
+    })?;
     if granting.is_undone() {
         return Err(ClaimError::Undone { sd_id: sd_id.to_owned() });
     }
-    Ok(granted)
+    Ok(granted.is_some())
 }

@@ -10,6 +10,8 @@ use pgrx::pg_sys::BuiltinOid::{INT8OID, TEXTOID, TIMESTAMPTZOID};
 use crate::error::Result;
 use crate::spi::row::Row;
 use crate::spi::statement::{Db, Statement};
+use crate::spi::table::layout::claims as column;
+use crate::spi::table::{Key, Name, NewRow, Snapshot, Table, next_value};
 use crate::spi::time;
 
 thread_local! {
@@ -46,31 +48,43 @@ static OPEN: Statement = Statement::new(
             "INSERT INTO {x}.sd_claims
                     (sd_id, session_id, track, hostname, codebase, took_over_claim_id, queue_reason,
                      queue_track)
-             VALUES ($1, $2, $3,
-                     (SELECT hostname FROM {x}.claude_sessions WHERE session_id = $2),
-                     (SELECT codebase FROM {x}.claude_sessions WHERE session_id = $2), $4, $5, $6)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
              ON CONFLICT (sd_id) WHERE released_at IS NULL DO NOTHING
           RETURNING claim_id, claimed_at",
             x = c.schema
         )
     },
-    &[TEXTOID, TEXTOID, TEXTOID, INT8OID, TEXTOID, TEXTOID],
+    &[TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, INT8OID, TEXTOID, TEXTOID],
 );
 
+/// An acquisition that is to be opened.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Opened<'a> {
+    pub sd_id: &'a str,
+    pub session_id: &'a str,
+    pub track: Option<&'a str>,
+    pub hostname: Option<&'a str>,
+    pub codebase: Option<&'a str>,
+    /// The acquisition that it takes the SD from.
+    pub took_over: Option<i64>,
+    pub queued: Option<Queued<'a>>,
+}
+
 /// Opens an acquisition: its fencing token and its time. `None` when another one is open.
-pub fn open(
-    db: &Db<'_>,
-    sd_id: &str,
-    session_id: &str,
-    track: Option<&str>,
-    took_over: Option<i64>,
-    queued: Option<Queued<'_>>,
-) -> Result<Option<(i64, DateTime<Utc>)>> {
+pub fn open(db: &Db<'_>, opened: Opened<'_>) -> Result<Option<(i64, DateTime<Utc>)>> {
+    let table = Table::to_write(db, Name::Claims)?;
+    // Where the transaction keeps one snapshot, only a statement tells a claim that this does not show.
+    if table.may_be_written() && !time::has_transaction_snapshot() {
+        return open_directly(db, &table, opened);
+    }
+    let Opened { sd_id, session_id, track, hostname, codebase, took_over, queued } = opened;
     let _opening = Opening::new();
     let arguments = [
         sd_id.into(),
         session_id.into(),
         track.into(),
+        hostname.into(),
+        codebase.into(),
         took_over.into(),
         queued.map(|queued| queued.reason.as_str()).into(),
         queued.and_then(|queued| queued.track).into(),
@@ -84,19 +98,39 @@ pub fn open(
     )))
 }
 
-static NEXT_ID: Statement = Statement::new(
-    |c| {
-        format!(
-            "SELECT pg_catalog.nextval('{}.sd_claims_claim_id_seq'::pg_catalog.regclass)",
-            c.schema.replace('\'', "''")
-        )
-    },
-    &[],
-);
+/// The SD is locked, so that nobody else opens one meanwhile; if somebody did, past the functions and the
+/// triggers, it would be the unique index's error.
+fn open_directly(
+    db: &Db<'_>,
+    table: &Table,
+    opened: Opened<'_>,
+) -> Result<Option<(i64, DateTime<Utc>)>> {
+    let open = Key::Text(opened.sd_id);
+    if table.find(&Snapshot::take(), column::OPEN_BY_SD_ID, open).is_some() {
+        return Ok(None);
+    }
+    let claim_id = next_id(db)?;
+    let claimed_at = time::now();
+    let queued = opened.queued;
+    table.insert(
+        &NewRow::default()
+            .set(column::CLAIM_ID, claim_id)
+            .set(column::SD_ID, opened.sd_id)
+            .set(column::SESSION_ID, opened.session_id)
+            .set(column::TRACK, opened.track)
+            .set(column::HOSTNAME, opened.hostname)
+            .set(column::CODEBASE, opened.codebase)
+            .set(column::CLAIMED_AT, time::to_server(claimed_at)?)
+            .set(column::TOOK_OVER_CLAIM_ID, opened.took_over)
+            .set(column::QUEUE_REASON, queued.map(|queued| queued.reason.as_str()))
+            .set(column::QUEUE_TRACK, queued.and_then(|queued| queued.track)),
+    );
+    Ok(Some((claim_id, claimed_at)))
+}
 
 /// The next fencing token.
 pub fn next_id(db: &Db<'_>) -> Result<i64> {
-    db.run(&NEXT_ID, &[])?.first().required_bigint(1, "sd_claims_claim_id_seq")
+    next_value(db.catalog()?.claim_ids)
 }
 
 static OPEN_AS: Statement = Statement::new(
@@ -152,7 +186,7 @@ pub fn see_latest(db: &Db<'_>, sd_id: &str) -> Result<()> {
     if !time::has_transaction_snapshot() {
         return Ok(());
     }
-    match open(db, sd_id, "", None, None, None)? {
+    match open(db, Opened { sd_id, ..Opened::default() })? {
         Some((claim_id, _)) => discard(db, claim_id),
         None => Ok(()),
     }
@@ -181,10 +215,29 @@ pub fn close(
     if super::is_granting(claim_id) {
         super::UNDONE.set(true);
     }
-    let arguments =
-        [claim_id.into(), time::to_server(at)?.into(), reason.into(), taken_over_by.into()];
-    db.run(&CLOSE, &arguments)?;
-    Ok(())
+    let at = time::to_server(at)?;
+    loop {
+        pgrx::check_for_interrupts!();
+        let table = Table::to_write(db, Name::Claims)?;
+        if !table.may_be_written() {
+            db.run(&CLOSE, &[claim_id.into(), at.into(), reason.into(), taken_over_by.into()])?;
+            return Ok(());
+        }
+        let snapshot = Snapshot::take();
+        let Some(row) = table.find(&snapshot, column::BY_CLAIM_ID, Key::Bigint(claim_id)) else {
+            return Ok(());
+        };
+        if row.instant(column::RELEASED_AT)?.is_some() {
+            return Ok(());
+        }
+        let new = NewRow::default()
+            .set(column::RELEASED_AT, at)
+            .set(column::RELEASE_REASON, reason)
+            .set(column::TAKEN_OVER_BY, taken_over_by);
+        if table.update(&snapshot, &row, &new)? {
+            return Ok(());
+        }
+    }
 }
 
 static LOST: Statement = Statement::new(

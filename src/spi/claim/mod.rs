@@ -1,12 +1,14 @@
 //! Claims: acquiring an SD, and the history of acquisitions.
 
 mod acquire;
+mod follow;
 mod history;
 mod picture;
 pub mod reap;
 
 pub use acquire::{Request, acquire};
-pub use history::{close, is_opening, lost, next_id, open_as, see_latest};
+pub use follow::{follow_delete, follow_insert, follow_update};
+pub use history::{is_opening, lost, next_id, see_latest};
 pub use picture::{Picture, Sd, look};
 
 use std::cell::Cell;

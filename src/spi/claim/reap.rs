@@ -8,6 +8,7 @@ use std::cell::Cell;
 
 use chrono::TimeDelta;
 use pg_claims_core::age;
+use pg_claims_core::lease::Lease;
 use pgrx::pg_sys::BuiltinOid::{FLOAT8OID, INT4OID, INT8OID, TEXTOID};
 use serde_json::json;
 
@@ -18,6 +19,7 @@ use crate::spi::catalog::Catalog;
 use crate::spi::event::{self, Event, EventType};
 use crate::spi::row::Row;
 use crate::spi::statement::{Db, Statement};
+use crate::spi::table::Wait;
 use crate::spi::{directive, guard, heartbeat, session, time};
 
 /// When four fifths of the greatest age have passed, the audit warns.
@@ -155,38 +157,9 @@ impl Drop for Reaping {
     }
 }
 
-static REAP: Statement = Statement::new(
-    |c| {
-        format!(
-            "WITH due AS MATERIALIZED (
-                 SELECT session_id, pg_catalog.clock_timestamp() AS now
-                   FROM {x}.claude_sessions
-                  WHERE session_id = $1 AND claim_id = $2
-                    AND {reclaimable_at} <= pg_catalog.clock_timestamp()
-                    AND ({latest} <= pg_catalog.clock_timestamp()
-                                         - pg_catalog.make_interval(secs => $3)
-                         OR COALESCE(claimed_at <= pg_catalog.clock_timestamp()
-                                                   - pg_catalog.make_interval(secs => $4), false))
-                    FOR NO KEY UPDATE SKIP LOCKED)
-             UPDATE {x}.claude_sessions s
-                SET sd_id = NULL, claim_id = NULL, claimed_at = NULL, track = NULL,
-                    status = 'idle', silent_until = NULL,
-                    lost_claim_id = s.claim_id, lost_to = NULL, released_at = due.now,
-                    release_reason =
-                        CASE WHEN {x}.lease_expires_at({latest_of_s}, s.silent_until, s.stale_after)
-                                  <= due.now
-                             THEN 'reaped' ELSE 'max_claim_age' END,
-                    updated_at = due.now
-               FROM due WHERE s.session_id = due.session_id
-          RETURNING 1",
-            x = c.schema,
-            latest = heartbeat::latest(&c.schema, ""),
-            latest_of_s = heartbeat::latest(&c.schema, "s."),
-            reclaimable_at = super::reclaimable_at(&c.schema),
-        )
-    },
-    &[TEXTOID, INT8OID, FLOAT8OID, FLOAT8OID],
-);
+/// The reasons recorded for a claim that the reaper ended.
+const REAPED: &str = "reaped";
+const TOO_OLD: &str = "max_claim_age";
 
 /// Ends the claim if it is still due.
 fn reap(db: &Db<'_>, candidate: &Candidate, policy: Policy) -> Result<bool> {
@@ -197,19 +170,33 @@ fn reap(db: &Db<'_>, candidate: &Candidate, policy: Policy) -> Result<bool> {
     {
         return Ok(false);
     }
-    if !session::try_hold(db, &candidate.session_id, candidate.claim_id)? {
+    let Some(held) = session::hold(db, &candidate.session_id, Wait::Skip)? else {
+        return Ok(false);
+    };
+    let session = &held.session;
+    if session.claim_id != Some(candidate.claim_id) {
         return Ok(false);
     }
-    Place::of(db.catalog()?.sessions, &candidate.session_id).close();
+    Place::of(db.catalog()?.sessions, &session.session_id).close();
+    let now = time::now();
+    let rules = guc::lease_rules();
+    let lease = session.lease(heartbeat::latest_of(db, session)?);
+    let is_too_old = rules
+        .max_claim_age
+        .zip(session.claimed_at)
+        .is_some_and(|(longest, claimed_at)| age::age(claimed_at, now) >= longest);
+    let is_due = lease.reclaimable_at(&rules) <= now
+        && (is_too_old || age::age(lease.heartbeat_at, now) >= policy.min_silence);
+    if !is_due {
+        return Ok(false);
+    }
+    // Without its age it would be stale as well, or not.
+    let is_stale = Lease { claimed_at: None, ..lease }.is_stale(&rules, now);
+    let reason = if is_stale { REAPED } else { TOO_OLD };
     let _reaping = Reaping::new(candidate.claim_id);
-    let _ending = super::Ending::new();
-    let arguments = [
-        candidate.session_id.as_str().into(),
-        candidate.claim_id.into(),
-        age::seconds(policy.min_silence).into(),
-        guc::max_claim_age().map(age::seconds).into(),
-    ];
-    Ok(db.first_row(&REAP, &arguments)?.is_some())
+    let loser = session.without_claim(now, reason, true);
+    held.write(db, &loser)?;
+    Ok(true)
 }
 
 /// Remembers in `noted` that the audit has told of `value`, once, and while `condition` holds.

@@ -251,11 +251,3 @@ fn deferrable_constraints(db: &Db<'_>, table: pg_sys::Oid) -> Result<Vec<(String
     }
     Ok(found)
 }
-
-/// [`Backlog::resolve`], or nothing where there is no backlog.
-pub fn resolve(backlog: Option<&Backlog>, parameter: &str) -> String {
-    backlog.map_or_else(
-        || format!("SELECT {parameter} AS sd_id, NULL::text AS status, false AS is_terminal WHERE false"),
-        |backlog| backlog.resolve(parameter),
-    )
-}

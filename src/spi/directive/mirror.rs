@@ -5,12 +5,14 @@ use std::cell::RefCell;
 use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys::BuiltinOid::TEXTOID;
 
-use super::Backlog;
+use super::{Backlog, own};
 use crate::error::{ClaimError, Result};
 use crate::identity::ActingAs;
 use crate::spi::catalog::{self, Catalog};
 use crate::spi::row::Row;
+use crate::spi::session::Session;
 use crate::spi::statement::{Db, Statement};
+use crate::spi::table::{Lock, Wait};
 
 // One SD a statement: for a list the server would plan anew each time, as it cannot know how long
 // the list will be.
@@ -95,8 +97,14 @@ pub fn lock(db: &Db<'_>, mut sd_ids: Vec<String>) -> Result<Vec<String>> {
     catalog::lock_backlog(db)?;
     sd_ids.sort();
     let mut locked = Vec::with_capacity(sd_ids.len());
+    let is_own = own::is_in_use(&*db.catalog()?);
     for sd_id in sd_ids {
-        if run_as_owner(db, &LOCK, &[sd_id.as_str().into()])? > 0 {
+        let is_locked = if is_own {
+            matches!(own::lock(db, &sd_id, Wait::Block)?, Lock::Held(_))
+        } else {
+            run_as_owner(db, &LOCK, &[sd_id.as_str().into()])? > 0
+        };
+        if is_locked {
             locked.push(sd_id);
         }
     }
@@ -129,6 +137,9 @@ static EXISTS: Statement = Statement::new(
 /// backlog does not have cannot be written by anybody.
 pub fn try_lock(db: &Db<'_>, sd_id: &str) -> Result<bool> {
     catalog::lock_backlog(db)?;
+    if own::is_in_use(&*db.catalog()?) {
+        return Ok(!matches!(own::lock(db, sd_id, Wait::Skip)?, Lock::Busy));
+    }
     Ok(run_as_owner(db, &TRY_LOCK, &[sd_id.into()])? > 0
         || run_as_owner(db, &EXISTS, &[sd_id.into()])? == 0)
 }
@@ -167,7 +178,10 @@ impl Drop for Syncing {
 }
 
 /// Makes the backlog say that `session_id` works on the SD, or nobody.
-pub fn sync(db: &Db<'_>, sd_id: &str, session_id: Option<&str>) -> Result<()> {
+pub(super) fn sync(db: &Db<'_>, sd_id: &str, session_id: Option<&str>) -> Result<()> {
+    if own::is_in_use(&*db.catalog()?) && own::sync(db, sd_id, session_id)? {
+        return Ok(());
+    }
     let _syncing =
         Syncing::new(Target { sd_id: sd_id.to_owned(), session_id: session_id.map(str::to_owned) });
     let arguments = [sd_id.into(), session_id.into()];
@@ -187,6 +201,22 @@ pub fn sync(db: &Db<'_>, sd_id: &str, session_id: Option<&str>) -> Result<()> {
         return Err(ClaimError::MirrorRefused { sd_id: sd_id.to_owned() });
     }
     Ok(())
+}
+
+/// What follows for the backlog from a session's having held `before` and being now what `session` is, if
+/// it still is at all.
+pub fn follow(db: &Db<'_>, before: Option<&str>, session: Option<&Session>) -> Result<()> {
+    let now = session.and_then(|session| session.sd_id.as_deref());
+    if before == now {
+        return Ok(());
+    }
+    if let Some(sd_id) = before {
+        sync(db, sd_id, None)?;
+    }
+    match (now, session) {
+        (Some(sd_id), Some(session)) => sync(db, sd_id, Some(&session.session_id)),
+        _ => Ok(()),
+    }
 }
 
 /// Where the server defers nothing for the backlog's owner (see [`ActingAs`]), the backlog's own

@@ -4,6 +4,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 
+use postgres::Client;
+
 use super::pgbench::Side;
 use super::report::Goal;
 use super::{
@@ -33,6 +35,12 @@ impl Bench {
         let what = "heartbeat on the board";
         self.find(1, what, [rates[0], rates[1]], "/s", "no-op C function", Goal::AtLeast(0.8));
         self.find(1, what, [rates[0], rates[2]], "/s", "durable bare UPDATE", Goal::AtLeast(8.0));
+        let mut client = connect(&self.server, database)?;
+        let bytes = [
+            wal(&mut client, &scripts::heartbeat(sessions))?,
+            wal(&mut client, &scripts::floor_heartbeat(sessions))?,
+        ];
+        self.find(1, "WAL of a heartbeat on the board", bytes, "bytes", "bare UPDATE", Goal::None);
         Ok(())
     }
 
@@ -54,6 +62,12 @@ impl Bench {
             let what = format!("heartbeat on the table, {how}");
             self.find(2, &what, [rates[0], rates[1]], "/s", "bare UPDATE", Goal::AtLeast(0.9));
         }
+        let mut client = connect(&self.table_server, database)?;
+        let bytes = [
+            wal(&mut client, &scripts::heartbeat(sessions))?,
+            wal(&mut client, &scripts::floor_heartbeat(sessions))?,
+        ];
+        self.find(2, "WAL of a heartbeat on the table", bytes, "bytes", "bare UPDATE", Goal::None);
         Ok(())
     }
 
@@ -75,6 +89,13 @@ impl Bench {
         let what = "claim and release";
         self.find(3, what, [rates[0], rates[1]], "/s", "the bare writes", Goal::AtLeast(0.85));
         self.find(3, what, [rates[0], rates[2]], "/s", "PL/pgSQL", Goal::AtLeast(2.0));
+        let mut client = connect(&self.server, database)?;
+        let bytes = [
+            wal(&mut client, &scripts::cycle(sessions, CLIENTS))?,
+            wal(&mut client, &scripts::floor_cycle(sessions, CLIENTS))?,
+        ];
+        let what = "WAL of a claim and a release";
+        self.find(3, what, bytes, "bytes", "the bare writes", Goal::None);
         Ok(())
     }
 
@@ -224,7 +245,10 @@ impl Bench {
             clients: CLIENTS,
             options: ASYNCHRONOUS,
         };
-        let rates = self.plan.in_turns(&[side(scripts::next()), side(scripts::floor_next())])?;
+        let rates = self.plan.in_turns(&[
+            side(scripts::next(many, CLIENTS)),
+            side(scripts::floor_next(many, CLIENTS)),
+        ])?;
         let what = format!("claim_next_sd and release with {many} SDs");
         self.find(
             8,
@@ -313,4 +337,21 @@ impl Bench {
         );
         Ok(())
     }
+}
+
+/// How many bytes of WAL a script's statements write, apart from their commits: the median of many times,
+/// for the first time that a page is written after a checkpoint it is there as a whole.
+fn wal(client: &mut Client, script: &str) -> Result<f64> {
+    let mut all = Vec::new();
+    for n in 1..=101 {
+        let mut bytes = 0.0;
+        for line in script.lines().filter(|line| !line.starts_with('\\')) {
+            let sql = line.replace(":n", &n.to_string()).replace(":c", &n.to_string());
+            let plan = explain(client, &format!("EXPLAIN (ANALYZE, WAL, FORMAT JSON) {sql}"))?;
+            bytes += plan[0]["Plan"]["WAL Bytes"].as_f64().context("EXPLAIN told no WAL")?;
+        }
+        all.push(bytes);
+    }
+    all.sort_by(f64::total_cmp);
+    Ok(all[all.len() / 2])
 }

@@ -23,6 +23,8 @@ pub enum Goal {
     AtLeast(f64),
     /// So much or less.
     AtMost(f64),
+    /// Nothing is asked of it.
+    None,
 }
 
 impl Goal {
@@ -30,6 +32,7 @@ impl Goal {
         match self {
             Self::AtLeast(least) => ratio >= least,
             Self::AtMost(most) => ratio <= most,
+            Self::None => true,
         }
     }
 }
@@ -39,13 +42,18 @@ impl std::fmt::Display for Goal {
         match self {
             Self::AtLeast(least) => write!(f, "≥ {least}"),
             Self::AtMost(most) => write!(f, "≤ {most}"),
+            Self::None => f.write_str("none"),
         }
     }
 }
 
 impl Finding {
     fn verdict(&self) -> &'static str {
-        if self.goal.is_met_by(self.ratio) { "met" } else { "**missed**" }
+        match self.goal {
+            Goal::None => "",
+            goal if goal.is_met_by(self.ratio) => "met",
+            _ => "**missed**",
+        }
     }
 }
 
@@ -88,18 +96,22 @@ pub fn chart(findings: &[Finding]) -> String {
     const LEFT: usize = 430;
     const GOAL: usize = 200;
     const WIDTH: usize = LEFT + 2 * GOAL + 90;
-    let height = (findings.len() + 2) * ROW;
+    let compared: Vec<(&Finding, f64, f64)> = findings
+        .iter()
+        .filter_map(|finding| match finding.goal {
+            Goal::AtLeast(least) => Some((finding, finding.ratio / least, least)),
+            Goal::AtMost(most) => Some((finding, most / finding.ratio, most)),
+            Goal::None => None,
+        })
+        .collect();
+    let height = (compared.len() + 2) * ROW;
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" font-family=\"sans-serif\" font-size=\"13\">\n\
          <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n\
          <text x=\"10\" y=\"18\" font-weight=\"bold\">How each ratio stands to its goal (the line; to the right is better)</text>\n"
     );
-    for (row, finding) in findings.iter().enumerate() {
+    for (row, (finding, share, goal)) in compared.into_iter().enumerate() {
         let y = (row + 1) * ROW;
-        let (share, goal) = match finding.goal {
-            Goal::AtLeast(least) => (finding.ratio / least, least),
-            Goal::AtMost(most) => (most / finding.ratio, most),
-        };
         let length = (share.min(2.0) * GOAL as f64) as usize;
         let color = if share >= 1.0 { "#2e7d32" } else { "#c62828" };
         let what = finding.what.replace('&', "&amp;").replace('<', "&lt;");

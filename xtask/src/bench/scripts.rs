@@ -1,11 +1,13 @@
 //! What the sides of the comparisons run, in pgbench's language.
 
-/// The client's session, and an SD that no other client touches.
+/// A session and an SD that no other client touches, each one of the client's share.
 fn variables(sds: usize, clients: usize) -> String {
-    let share = sds / clients;
-    format!(
-        "\\set c :client_id + 1\n\\set n random(:client_id * {share} + 1, (:client_id + 1) * {share})\n"
-    )
+    format!("{}{}", of_share("c", sds, clients), of_share("n", sds, clients))
+}
+
+fn of_share(variable: &str, count: usize, clients: usize) -> String {
+    let share = count / clients;
+    format!("\\set {variable} random(:client_id * {share} + 1, (:client_id + 1) * {share})\n")
 }
 
 /// One of so many sessions or SDs.
@@ -31,19 +33,20 @@ pub fn floor_cycle(sds: usize, clients: usize) -> String {
         + &release_writes("sd_id = 'SD-' || :n AND released_at IS NULL")
 }
 
-pub fn next() -> String {
-    "\\set c :client_id + 1\nSELECT claim_next_sd('session-' || :c);\nSELECT release_sd('session-' || :c);\n".into()
+pub fn next(sessions: usize, clients: usize) -> String {
+    of_share("c", sessions, clients)
+        + "SELECT claim_next_sd('session-' || :c);\nSELECT release_sd('session-' || :c);\n"
 }
 
 /// The same writes for the first SD of a queue that nobody has locked.
-pub fn floor_next() -> String {
+pub fn floor_next(sessions: usize, clients: usize) -> String {
     let pick = "pick AS (
         SELECT sd_id FROM floor.strategic_directives_v2
          WHERE status = 'draft' AND NOT is_working_on
          ORDER BY sequence_rank LIMIT 1 FOR UPDATE SKIP LOCKED),";
     let claim = claim_writes("SELECT sd_id, 'session-' || :c FROM pick", pick);
     let held = "claim_id = (SELECT claim_id FROM floor.claude_sessions WHERE session_id = 'session-' || :c)";
-    format!("\\set c :client_id + 1\n{claim}{}", release_writes(held))
+    format!("{}{claim}{}", of_share("c", sessions, clients), release_writes(held))
 }
 
 fn claim_writes(row: &str, before: &str) -> String {

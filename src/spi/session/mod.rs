@@ -1,58 +1,42 @@
 //! Sessions: reading, registering, letting go of an SD, ending.
 
+mod row;
+mod write;
+
 use chrono::{DateTime, Utc};
 use pg_claims_core::session::SessionState;
 use pgrx::JsonB;
 use pgrx::datum::Interval;
-use pgrx::pg_sys::BuiltinOid::{BOOLOID, INT4OID, INT8OID, INTERVALOID, JSONBOID, OIDOID, TEXTOID};
+use pgrx::pg_sys::BuiltinOid::{BOOLOID, INT4OID, INTERVALOID, JSONBOID, OIDOID, TEXTOID};
 use pgrx::spi::SpiTupleTable;
 
-use super::claim::Ending;
+use super::guard;
 use super::row::Row;
 use super::statement::{Db, Statement, required};
+use super::table::layout::Index;
+use super::table::layout::sessions as column;
+use super::table::{Key, Name, Snapshot, Table};
+use super::time;
 use crate::error::Result;
 use crate::identity::Role;
 
-/// What a decision about a session needs to know of it.
-#[derive(Debug, Clone)]
-pub struct Session {
-    pub session_id: String,
-    pub status: String,
-    pub owner_role: Role,
-    /// The SD it holds and the fencing token of that acquisition.
-    pub claim: Option<(String, i64)>,
-}
-
-impl Session {
-    /// Whether the session has ended.
-    pub fn is_released(&self) -> bool {
-        self.status == "released"
-    }
-}
-
-static FIND: Statement = Statement::new(
-    |c| {
-        format!(
-            "SELECT session_id, status, owner_role::oid, sd_id, claim_id
-               FROM {}.claude_sessions WHERE session_id = $1",
-            c.schema
-        )
-    },
-    &[TEXTOID],
-);
+pub use row::Session;
+pub use write::{Held, change, hold};
 
 /// The session, if it was ever registered.
 pub fn find(db: &Db<'_>, session_id: &str) -> Result<Option<Session>> {
-    db.first_row(&FIND, &[session_id.into()])?.map(|row| read_session(&row)).transpose()
+    find_by(db, column::BY_SESSION_ID, session_id)
 }
 
-pub(super) fn read_session(row: &SpiTupleTable<'_>) -> Result<Session> {
-    Ok(Session {
-        session_id: row.required_text(1, "claude_sessions.session_id")?,
-        status: row.required_text(2, "claude_sessions.status")?,
-        owner_role: row.role(3, "claude_sessions.owner_role")?,
-        claim: row.text(4)?.zip(row.bigint(5)?),
-    })
+/// The session that holds an SD, live or stale.
+pub fn holder(db: &Db<'_>, sd_id: &str) -> Result<Option<Session>> {
+    find_by(db, column::BY_SD_ID, sd_id)
+}
+
+fn find_by(db: &Db<'_>, index: Index, key: &str) -> Result<Option<Session>> {
+    let table = Table::to_read(db, Name::Sessions)?;
+    let found = table.find(&Snapshot::take(), index, Key::Text(key));
+    found.map(|row| Session::read(&row)).transpose()
 }
 
 /// What a session says of itself when it registers.
@@ -148,35 +132,6 @@ pub fn register(
     .transpose()
 }
 
-/// The acquisition that a statement is to end, locked before its session: a guard may hold it for
-/// long, and who waits for that must not hold up the session's heartbeats.
-fn acquisition_first(schema: &str, claim_id: &str) -> String {
-    format!(
-        "WITH ending AS MATERIALIZED (
-             SELECT claim_id FROM {schema}.sd_claims WHERE claim_id = {claim_id} FOR NO KEY UPDATE)"
-    )
-}
-
-static LET_GO: Statement = Statement::new(
-    |c| {
-        format!(
-            "{first}
-             UPDATE {x}.claude_sessions s
-                SET sd_id = NULL, claim_id = NULL, claimed_at = NULL, track = NULL,
-                    status = 'idle', silent_until = NULL,
-                    lost_claim_id = CASE WHEN $4 THEN s.claim_id END, lost_to = NULL,
-                    released_at = pg_catalog.clock_timestamp(), release_reason = $3,
-                    updated_at = pg_catalog.clock_timestamp()
-               FROM (VALUES (1)) AS one LEFT JOIN ending ON true
-              WHERE s.session_id = $1 AND s.claim_id = $2
-          RETURNING s.released_at",
-            x = c.schema,
-            first = acquisition_first(&c.schema, "$2"),
-        )
-    },
-    &[TEXTOID, INT8OID, TEXTOID, BOOLOID],
-);
-
 /// Ends exactly the acquisition `claim_id`. `None` when the session does not hold it (any more).
 /// `unasked` says that not the session itself asked for it, so that its next heartbeat is told.
 pub fn let_go(
@@ -186,33 +141,14 @@ pub fn let_go(
     reason: &str,
     unasked: bool,
 ) -> Result<Option<DateTime<Utc>>> {
-    let arguments = [session_id.into(), claim_id.into(), reason.into(), unasked.into()];
-    let _ending = Ending::new();
-    db.first_row(&LET_GO, &arguments)?
-        .map(|row| row.required_instant(1, "claude_sessions.released_at"))
-        .transpose()
+    // A guard may hold it for long, and who waits for that must not hold up the session's heartbeats.
+    guard::exclude(db, claim_id)?;
+    let changed = change(db, session_id, |session| {
+        let held = session.claim_id == Some(claim_id);
+        held.then(|| session.without_claim(time::now(), reason, unasked))
+    })?;
+    Ok(changed.and_then(|session| session.released_at))
 }
-
-static END: Statement = Statement::new(
-    |c| {
-        format!(
-            "{first}
-             UPDATE {x}.claude_sessions s
-                SET sd_id = NULL, claim_id = NULL, claimed_at = NULL, track = NULL,
-                    status = 'released', silent_until = NULL,
-                    lost_claim_id = CASE WHEN $4 THEN s.claim_id END, lost_to = NULL,
-                    released_at = pg_catalog.clock_timestamp(), release_reason = $3,
-                    updated_at = pg_catalog.clock_timestamp()
-               FROM (VALUES (1)) AS one LEFT JOIN ending ON true
-              WHERE s.session_id = $1 AND s.status <> 'released'
-                AND s.claim_id IS NOT DISTINCT FROM $2
-          RETURNING {STATE}",
-            x = c.schema,
-            first = acquisition_first(&c.schema, "$2"),
-        )
-    },
-    &[TEXTOID, INT8OID, TEXTOID, BOOLOID],
-);
 
 /// Ends the session while it holds `claim_id` (or nothing). `None` when that has changed. `unasked` as
 /// for [`let_go`].
@@ -223,25 +159,17 @@ pub fn end(
     reason: &str,
     unasked: bool,
 ) -> Result<Option<SessionState>> {
-    let arguments = [session_id.into(), claim_id.into(), reason.into(), unasked.into()];
-    let _ending = Ending::new();
-    db.first_row(&END, &arguments)?.map(|row| read_state(&row)).transpose()
-}
-
-static TRY_HOLD: Statement = Statement::new(
-    |c| {
-        format!(
-            "SELECT 1 FROM {}.claude_sessions WHERE session_id = $1 AND claim_id = $2
-                FOR NO KEY UPDATE SKIP LOCKED",
-            c.schema
-        )
-    },
-    &[TEXTOID, INT8OID],
-);
-
-/// Locks a session that holds `claim_id`, unless somebody else is writing it.
-pub fn try_hold(db: &Db<'_>, session_id: &str, claim_id: i64) -> Result<bool> {
-    Ok(db.first_row(&TRY_HOLD, &[session_id.into(), claim_id.into()])?.is_some())
+    if let Some(claim_id) = claim_id {
+        guard::exclude(db, claim_id)?;
+    }
+    let changed = change(db, session_id, |session| {
+        let is_as_seen = !session.is_released() && session.claim_id == claim_id;
+        is_as_seen.then(|| Session {
+            status: "released".into(),
+            ..session.without_claim(time::now(), reason, unasked)
+        })
+    })?;
+    if changed.is_none() { Ok(None) } else { state(db, session_id) }
 }
 
 static STATE_OF: Statement = Statement::new(
@@ -254,28 +182,10 @@ pub fn state(db: &Db<'_>, session_id: &str) -> Result<Option<SessionState>> {
     db.first_row(&STATE_OF, &[session_id.into()])?.map(|row| read_state(&row)).transpose()
 }
 
-static HOLDER: Statement = Statement::new(
-    |c| {
-        format!(
-            "SELECT session_id, status, owner_role::oid, sd_id, claim_id
-               FROM {}.claude_sessions
-              WHERE sd_id = $1 AND sd_id IS NOT NULL AND status = 'active'",
-            c.schema
-        )
-    },
-    &[TEXTOID],
-);
-
-/// The session that holds an SD, live or stale.
-pub fn holder(db: &Db<'_>, sd_id: &str) -> Result<Option<Session>> {
-    db.first_row(&HOLDER, &[sd_id.into()])?.map(|row| read_session(&row)).transpose()
-}
-
 static HOLDERS: Statement = Statement::new(
     |c| {
         format!(
-            "SELECT session_id, status, owner_role::oid, sd_id, claim_id
-               FROM {}.claude_sessions
+            "SELECT * FROM {}.claude_sessions
               WHERE sd_id IS NOT NULL AND status = 'active' ORDER BY sd_id LIMIT 1",
             c.schema
         )
@@ -285,14 +195,13 @@ static HOLDERS: Statement = Statement::new(
 
 /// One session that holds an SD, if any does.
 pub fn any_holder(db: &Db<'_>) -> Result<Option<Session>> {
-    db.first_row(&HOLDERS, &[])?.map(|row| read_session(&row)).transpose()
+    db.first_row(&HOLDERS, &[])?.map(|row| Session::read(&row)).transpose()
 }
 
 static HOLDERS_OF_NOTHING: Statement = Statement::new(
     |c| {
         format!(
-            "SELECT session_id, status, owner_role::oid, sd_id, claim_id
-               FROM {x}.claude_sessions s
+            "SELECT s.* FROM {x}.claude_sessions s
               WHERE sd_id IS NOT NULL AND status = 'active'
                 AND NOT EXISTS (SELECT FROM {x}.v_directives d WHERE d.sd_id = s.sd_id)
               ORDER BY sd_id LIMIT 1",
@@ -304,5 +213,5 @@ static HOLDERS_OF_NOTHING: Statement = Statement::new(
 
 /// One session that holds an SD which the backlog does not have, if any does.
 pub fn any_holder_of_nothing(db: &Db<'_>) -> Result<Option<Session>> {
-    db.first_row(&HOLDERS_OF_NOTHING, &[])?.map(|row| read_session(&row)).transpose()
+    db.first_row(&HOLDERS_OF_NOTHING, &[])?.map(|row| Session::read(&row)).transpose()
 }

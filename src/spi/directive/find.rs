@@ -1,0 +1,48 @@
+//! Finding an SD by any of its keys.
+
+use pgrx::pg_sys::BuiltinOid::TEXTOID;
+
+use super::own;
+use crate::error::Result;
+use crate::spi::row::Row;
+use crate::spi::statement::{Db, Statement};
+
+/// An SD as the backlog has it.
+#[derive(Debug)]
+pub struct Found {
+    /// Its canonical id.
+    pub sd_id: String,
+    /// Its status.
+    pub status: Option<String>,
+    /// Whether it is finished.
+    pub is_terminal: bool,
+}
+
+static FIND: Statement = Statement::new(
+    |c| match &c.backlog {
+        Some(backlog) => {
+            format!("SELECT sd_id, status, is_terminal FROM ({}) d", backlog.resolve("$1"))
+        }
+        None => "SELECT $1, NULL::text, false WHERE false".into(),
+    },
+    &[TEXTOID],
+);
+
+/// The SD that `key` names, if the backlog has it.
+pub fn find(db: &Db<'_>, key: &str) -> Result<Option<Found>> {
+    let catalog = db.catalog()?;
+    if let Some(backlog) = &catalog.backlog {
+        backlog.usable()?;
+    }
+    if own::is_in_use(&catalog) {
+        return own::find(db, key);
+    }
+    let Some(row) = db.first_row(&FIND, &[key.into()])? else {
+        return Ok(None);
+    };
+    Ok(Some(Found {
+        sd_id: row.required_text(1, "an SD's id")?,
+        status: row.text(2)?,
+        is_terminal: row.flag(3)?,
+    }))
+}

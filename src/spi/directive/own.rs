@@ -1,0 +1,73 @@
+//! The extension's own backlog, found and written directly.
+
+use crate::error::Result;
+use crate::spi::catalog::Catalog;
+use crate::spi::row::Row;
+use crate::spi::statement::Db;
+use crate::spi::table::layout::directives as column;
+use crate::spi::table::{Key, Lock, Name, NewRow, Snapshot, Table, Wait};
+
+use super::Found;
+
+/// Whether it is the backlog in use, with its own columns.
+pub fn is_in_use(catalog: &Catalog) -> bool {
+    catalog.is_own_backlog_in_use
+}
+
+/// The SD of that id.
+pub fn find(db: &Db<'_>, sd_id: &str) -> Result<Option<Found>> {
+    let catalog = db.catalog()?;
+    let table = Table::to_read(db, Name::Directives)?;
+    let Some(row) = table.find(&Snapshot::take(), column::BY_SD_ID, Key::Text(sd_id)) else {
+        return Ok(None);
+    };
+    let status = row.text(column::STATUS)?;
+    let terminal = catalog.backlog.iter().flat_map(|backlog| &backlog.columns.terminal_statuses);
+    let is_terminal = status.as_ref().is_some_and(|status| {
+        terminal.into_iter().any(|terminal| terminal.eq_ignore_ascii_case(status))
+    });
+    Ok(Some(Found {
+        sd_id: row.required_text(column::SD_ID, "strategic_directives_v2.sd_id")?,
+        status,
+        is_terminal,
+    }))
+}
+
+/// Locks the SD until the transaction ends.
+pub fn lock(db: &Db<'_>, sd_id: &str, wait: Wait) -> Result<Lock> {
+    let table = Table::to_write(db, Name::Directives)?;
+    let snapshot = Snapshot::take();
+    let Some(row) = table.find(&snapshot, column::BY_SD_ID, Key::Text(sd_id)) else {
+        return Ok(Lock::Gone);
+    };
+    Ok(match table.lock(&snapshot, &row, wait)? {
+        Lock::Held(row) if row.text(column::SD_ID)?.as_deref() != Some(sd_id) => Lock::Gone,
+        lock => lock,
+    })
+}
+
+/// Makes the SD's row say that `session_id` works on it, or nobody. False where a statement must do it.
+pub fn sync(db: &Db<'_>, sd_id: &str, session_id: Option<&str>) -> Result<bool> {
+    let table = Table::to_write(db, Name::Directives)?;
+    if !table.may_be_written() {
+        return Ok(false);
+    }
+    loop {
+        pgrx::check_for_interrupts!();
+        let snapshot = Snapshot::take();
+        let Some(row) = table.find(&snapshot, column::BY_SD_ID, Key::Text(sd_id)) else {
+            return Ok(true);
+        };
+        if row.flag(column::IS_WORKING_ON)? == session_id.is_some()
+            && row.text(column::ACTIVE_SESSION_ID)?.as_deref() == session_id
+        {
+            return Ok(true);
+        }
+        let new = NewRow::default()
+            .set(column::IS_WORKING_ON, session_id.is_some())
+            .set(column::ACTIVE_SESSION_ID, session_id);
+        if table.update(&snapshot, &row, &new)? {
+            return Ok(true);
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! A table as it is.
+
+use std::ffi::CString;
+use std::rc::Rc;
+
+use pgrx::pg_sys;
+
+use super::Name;
+use super::layout::{Index, Layout};
+use crate::error::Result;
+use crate::spi::statement::{Db, required};
+
+/// What is known of a table, until the server says that it has changed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Known {
+    /// The table.
+    pub oid: pg_sys::Oid,
+    indexes: Vec<pg_sys::Oid>,
+    /// The primary key's position, if the table is read by it: by the first index.
+    key: Option<usize>,
+    /// Whether it has just the triggers and constraints that the extension made, all in force.
+    pub(super) is_as_made: bool,
+}
+
+/// What is known of the extension's own tables, in the order of [`Name::ALL`].
+pub type AllKnown = [Option<Rc<Known>>; Name::ALL.len()];
+
+// From the catalogue and not from the server's description of an open table: opening it would wait for
+// whoever has locked it, as a change of the backlog does.
+const LOOK: &str = "
+    SELECT c.oid, c.relnamespace,
+           ARRAY(SELECT a.attname || ' ' || a.atttypid FROM pg_catalog.pg_attribute a
+                  WHERE a.attrelid = c.oid AND a.attnum > 0 ORDER BY a.attnum),
+           ARRAY(SELECT k.conname::text FROM pg_catalog.pg_constraint k
+                  WHERE k.conrelid = c.oid AND k.contype = 'c' ORDER BY k.conname),
+           ARRAY(SELECT t.tgname::text FROM pg_catalog.pg_trigger t
+                  WHERE t.tgrelid = c.oid ORDER BY t.tgname),
+           c.relkind = 'r' AND NOT c.relispartition AND NOT c.relhassubclass AND NOT c.relhasrules
+           AND NOT c.relrowsecurity
+           AND NOT EXISTS (SELECT FROM pg_catalog.pg_attribute a
+                            WHERE a.attrelid = c.oid AND a.attgenerated <> '')
+           AND NOT EXISTS (SELECT FROM pg_catalog.pg_trigger t
+                            WHERE t.tgrelid = c.oid AND t.tgenabled NOT IN ('O', 'A'))
+      FROM pg_catalog.pg_class c WHERE c.oid = ANY ($1)";
+
+impl Known {
+    /// Looks at all tables. `None` for one that is not there, or lacks a column as it was made, or an
+    /// index that it is read by.
+    pub fn look(db: &Db<'_>, oids: [pg_sys::Oid; Name::ALL.len()]) -> Result<AllKnown> {
+        let mut known = AllKnown::default();
+        for row in db.run_once(LOOK, &[oids.to_vec().into()])? {
+            let found = required(row.get::<pg_sys::Oid>(1)?, "pg_class")?;
+            let schema = required(row.get::<pg_sys::Oid>(2)?, "pg_class")?;
+            let list = |position| -> Result<Vec<String>> {
+                required(row.get::<Vec<String>>(position)?, "pg_class")
+            };
+            let (columns, checks, triggers) = (list(3)?, list(4)?, list(5)?);
+            let is_plain = row.get::<bool>(6)?.unwrap_or(false);
+            for name in Name::ALL {
+                let layout = name.layout();
+                if oids[name as usize] != found || !has_columns(layout, &columns) {
+                    continue;
+                }
+                let Some(indexes) = indexes(layout, schema) else { continue };
+                let is_as_made = is_plain
+                    && columns.len() == layout.columns.len()
+                    && same_names(&checks, layout.checks)
+                    && same_names(&triggers, layout.triggers);
+                let key = layout.key_column();
+                known[name as usize] = Some(Rc::new(Self { oid: found, indexes, key, is_as_made }));
+            }
+        }
+        Ok(known)
+    }
+
+    /// The primary key's position, if that is what the index is on.
+    pub(super) fn key_of(&self, index: Index) -> Option<usize> {
+        self.key.filter(|_| index.0 == 0)
+    }
+
+    /// The primary key's index, if the table is read by it.
+    pub(super) fn primary_index(&self) -> Option<pg_sys::Oid> {
+        self.key.and(self.indexes.first().copied())
+    }
+
+    pub(super) fn index(&self, index: Index) -> pg_sys::Oid {
+        self.indexes[index.0]
+    }
+}
+
+fn has_columns(layout: &Layout, columns: &[String]) -> bool {
+    let made = layout.columns.iter().map(|(name, of_type)| format!("{name} {}", of_type.value()));
+    columns.len() >= layout.columns.len() && made.zip(columns).all(|(made, is)| made == *is)
+}
+
+fn indexes(layout: &Layout, schema: pg_sys::Oid) -> Option<Vec<pg_sys::Oid>> {
+    let find = |name: &&str| {
+        let name = CString::new(*name).ok()?;
+        // SAFETY: looks the name up in the catalogue; invalid where there is none.
+        let index = unsafe { pg_sys::get_relname_relid(name.as_ptr(), schema) };
+        (index != pg_sys::Oid::INVALID).then_some(index)
+    };
+    layout.indexes.iter().map(find).collect()
+}
+
+fn same_names(are: &[String], made: &[&str]) -> bool {
+    are.len() == made.len() && are.iter().all(|name| made.contains(&name.as_str()))
+}

@@ -1,0 +1,344 @@
+//! The tables as the installation script makes them.
+
+use pgrx::pg_sys::BuiltinOid;
+
+/// A table: the names of what belongs to it, in the order in which it was made.
+pub struct Layout {
+    /// Its name.
+    pub name: &'static str,
+    /// Its columns, and their types.
+    pub columns: &'static [(&'static str, BuiltinOid)],
+    /// The column that is its primary key, if it is read by that.
+    pub key: Option<&'static str>,
+    /// Those of its indexes by which it is read; that of the primary key comes first.
+    pub indexes: &'static [&'static str],
+    /// The triggers whose work a direct write does itself.
+    pub triggers: &'static [&'static str],
+    /// The constraints that a direct write keeps by itself.
+    pub checks: &'static [&'static str],
+}
+
+/// One of a table's indexes.
+#[derive(Debug, Clone, Copy)]
+pub struct Index(pub(super) usize);
+
+impl Layout {
+    /// A column's position; they count from 1.
+    ///
+    /// Evaluated by the compiler only: there a name that the table lacks is an error.
+    const fn column(&self, name: &str) -> usize {
+        let mut at = 0;
+        while !is_same(self.columns[at].0.as_bytes(), name.as_bytes()) {
+            at += 1;
+        }
+        at + 1
+    }
+
+    /// The primary key's position, if the table is read by it.
+    pub(super) fn key_column(&self) -> Option<usize> {
+        let key = self.key?;
+        self.columns.iter().position(|(name, _)| *name == key).map(|at| at + 1)
+    }
+
+    /// Like [`Layout::column`].
+    const fn index(&self, name: &str) -> Index {
+        let mut at = 0;
+        while !is_same(self.indexes[at].as_bytes(), name.as_bytes()) {
+            at += 1;
+        }
+        Index(at)
+    }
+}
+
+const fn is_same(a: &[u8], b: &[u8]) -> bool {
+    if a.len() != b.len() {
+        return false;
+    }
+    let mut at = 0;
+    while at < a.len() {
+        if a[at] != b[at] {
+            return false;
+        }
+        at += 1;
+    }
+    true
+}
+
+/// `claude_sessions`.
+pub mod sessions {
+    use pgrx::pg_sys::BuiltinOid::{
+        INT4OID, INT8OID, INTERVALOID, JSONBOID, REGROLEOID, TEXTOID, TIMESTAMPTZOID, UUIDOID,
+    };
+
+    use super::{Index, Layout};
+
+    /// The table.
+    pub const LAYOUT: Layout = Layout {
+        name: "claude_sessions",
+        columns: &[
+            ("id", UUIDOID),
+            ("session_id", TEXTOID),
+            ("sd_id", TEXTOID),
+            ("track", TEXTOID),
+            ("tty", TEXTOID),
+            ("pid", INT4OID),
+            ("hostname", TEXTOID),
+            ("codebase", TEXTOID),
+            ("claimed_at", TIMESTAMPTZOID),
+            ("heartbeat_at", TIMESTAMPTZOID),
+            ("status", TEXTOID),
+            ("metadata", JSONBOID),
+            ("created_at", TIMESTAMPTZOID),
+            ("updated_at", TIMESTAMPTZOID),
+            ("claim_id", INT8OID),
+            ("silent_until", TIMESTAMPTZOID),
+            ("owner_role", REGROLEOID),
+            ("released_at", TIMESTAMPTZOID),
+            ("release_reason", TEXTOID),
+            ("lost_claim_id", INT8OID),
+            ("lost_to", TEXTOID),
+            ("stale_after", INTERVALOID),
+            ("progress_at", TIMESTAMPTZOID),
+            ("progress_note", TEXTOID),
+            ("stale_noted_for", TIMESTAMPTZOID),
+            ("age_warned_for", INT8OID),
+        ],
+        key: Some("session_id"),
+        indexes: &["claude_sessions_pkey", "idx_claude_sessions_unique_active_claim"],
+        triggers: &[
+            "claude_sessions_changed_trigger",
+            "claude_sessions_complete_trigger",
+            "claude_sessions_deleted_trigger",
+            "claude_sessions_set_back_trigger",
+            "claude_sessions_truncate_trigger",
+            "claude_sessions_truncated_trigger",
+            "record_claim_history_trigger",
+            "sync_is_working_on_trigger",
+        ],
+        checks: &["claude_sessions_whole_claim_check"],
+    };
+
+    pub const SESSION_ID: usize = LAYOUT.column("session_id");
+    pub const SD_ID: usize = LAYOUT.column("sd_id");
+    pub const TRACK: usize = LAYOUT.column("track");
+    pub const TTY: usize = LAYOUT.column("tty");
+    pub const HOSTNAME: usize = LAYOUT.column("hostname");
+    pub const CODEBASE: usize = LAYOUT.column("codebase");
+    pub const CLAIMED_AT: usize = LAYOUT.column("claimed_at");
+    pub const HEARTBEAT_AT: usize = LAYOUT.column("heartbeat_at");
+    pub const STATUS: usize = LAYOUT.column("status");
+    pub const UPDATED_AT: usize = LAYOUT.column("updated_at");
+    pub const CLAIM_ID: usize = LAYOUT.column("claim_id");
+    pub const SILENT_UNTIL: usize = LAYOUT.column("silent_until");
+    pub const OWNER_ROLE: usize = LAYOUT.column("owner_role");
+    pub const RELEASED_AT: usize = LAYOUT.column("released_at");
+    pub const RELEASE_REASON: usize = LAYOUT.column("release_reason");
+    pub const LOST_CLAIM_ID: usize = LAYOUT.column("lost_claim_id");
+    pub const LOST_TO: usize = LAYOUT.column("lost_to");
+    pub const STALE_AFTER: usize = LAYOUT.column("stale_after");
+    pub const PROGRESS_AT: usize = LAYOUT.column("progress_at");
+    pub const PROGRESS_NOTE: usize = LAYOUT.column("progress_note");
+    pub const STALE_NOTED_FOR: usize = LAYOUT.column("stale_noted_for");
+
+    pub const BY_SESSION_ID: Index = LAYOUT.index("claude_sessions_pkey");
+    pub const BY_SD_ID: Index = LAYOUT.index("idx_claude_sessions_unique_active_claim");
+}
+
+/// `sd_claims`.
+pub mod claims {
+    use pgrx::pg_sys::BuiltinOid::{INT8OID, TEXTOID, TIMESTAMPTZOID};
+
+    use super::{Index, Layout};
+
+    /// The table.
+    pub const LAYOUT: Layout = Layout {
+        name: "sd_claims",
+        columns: &[
+            ("claim_id", INT8OID),
+            ("sd_id", TEXTOID),
+            ("session_id", TEXTOID),
+            ("track", TEXTOID),
+            ("hostname", TEXTOID),
+            ("codebase", TEXTOID),
+            ("claimed_at", TIMESTAMPTZOID),
+            ("released_at", TIMESTAMPTZOID),
+            ("release_reason", TEXTOID),
+            ("took_over_claim_id", INT8OID),
+            ("taken_over_by", TEXTOID),
+            ("queue_reason", TEXTOID),
+            ("queue_track", TEXTOID),
+        ],
+        key: Some("claim_id"),
+        indexes: &["sd_claims_pkey", "sd_claims_open_key"],
+        triggers: &[
+            "sd_claims_protect_insert_trigger",
+            "sd_claims_protect_update_trigger",
+            "sd_claims_protect_delete_trigger",
+            "sd_claims_truncate_trigger",
+        ],
+        checks: &["sd_claims_closed_check"],
+    };
+
+    pub const CLAIM_ID: usize = LAYOUT.column("claim_id");
+    pub const SD_ID: usize = LAYOUT.column("sd_id");
+    pub const SESSION_ID: usize = LAYOUT.column("session_id");
+    pub const TRACK: usize = LAYOUT.column("track");
+    pub const HOSTNAME: usize = LAYOUT.column("hostname");
+    pub const CODEBASE: usize = LAYOUT.column("codebase");
+    pub const CLAIMED_AT: usize = LAYOUT.column("claimed_at");
+    pub const RELEASED_AT: usize = LAYOUT.column("released_at");
+    pub const RELEASE_REASON: usize = LAYOUT.column("release_reason");
+    pub const TOOK_OVER_CLAIM_ID: usize = LAYOUT.column("took_over_claim_id");
+    pub const TAKEN_OVER_BY: usize = LAYOUT.column("taken_over_by");
+    pub const QUEUE_REASON: usize = LAYOUT.column("queue_reason");
+    pub const QUEUE_TRACK: usize = LAYOUT.column("queue_track");
+
+    pub const BY_CLAIM_ID: Index = LAYOUT.index("sd_claims_pkey");
+    pub const OPEN_BY_SD_ID: Index = LAYOUT.index("sd_claims_open_key");
+}
+
+/// `session_lifecycle_events`.
+pub mod events {
+    use pgrx::pg_sys::BuiltinOid::{
+        INT8OID, JSONBOID, NAMEOID, NUMERICOID, TEXTOID, TIMESTAMPTZOID,
+    };
+
+    use super::Layout;
+
+    /// The table.
+    pub const LAYOUT: Layout = Layout {
+        name: "session_lifecycle_events",
+        columns: &[
+            ("event_id", INT8OID),
+            ("event_type", TEXTOID),
+            ("session_id", TEXTOID),
+            ("sd_id", TEXTOID),
+            ("claim_id", INT8OID),
+            ("occurred_at", TIMESTAMPTZOID),
+            ("actor", NAMEOID),
+            ("reason", TEXTOID),
+            ("held_seconds", NUMERICOID),
+            ("detail", JSONBOID),
+        ],
+        key: None,
+        indexes: &[],
+        triggers: &[],
+        checks: &[],
+    };
+
+    pub const EVENT_ID: usize = LAYOUT.column("event_id");
+    pub const EVENT_TYPE: usize = LAYOUT.column("event_type");
+    pub const SESSION_ID: usize = LAYOUT.column("session_id");
+    pub const SD_ID: usize = LAYOUT.column("sd_id");
+    pub const CLAIM_ID: usize = LAYOUT.column("claim_id");
+    pub const OCCURRED_AT: usize = LAYOUT.column("occurred_at");
+    pub const ACTOR: usize = LAYOUT.column("actor");
+    pub const REASON: usize = LAYOUT.column("reason");
+    pub const HELD_SECONDS: usize = LAYOUT.column("held_seconds");
+    pub const DETAIL: usize = LAYOUT.column("detail");
+}
+
+/// `sd_holds`.
+pub mod holds {
+    use pgrx::pg_sys::BuiltinOid::{NAMEOID, TEXTOID, TIMESTAMPTZOID};
+
+    use super::{Index, Layout};
+
+    /// The table.
+    pub const LAYOUT: Layout = Layout {
+        name: "sd_holds",
+        columns: &[
+            ("sd_id", TEXTOID),
+            ("reason", TEXTOID),
+            ("held_by", NAMEOID),
+            ("held_at", TIMESTAMPTZOID),
+        ],
+        key: Some("sd_id"),
+        indexes: &["sd_holds_pkey"],
+        triggers: &[],
+        checks: &[],
+    };
+
+    pub const REASON: usize = LAYOUT.column("reason");
+    pub const HELD_BY: usize = LAYOUT.column("held_by");
+    pub const HELD_AT: usize = LAYOUT.column("held_at");
+
+    pub const BY_SD_ID: Index = LAYOUT.index("sd_holds_pkey");
+}
+
+/// `sd_conflict_matrix`.
+pub mod conflicts {
+    use pgrx::pg_sys::BuiltinOid::{INT8OID, NAMEOID, TEXTOID, TIMESTAMPTZOID};
+
+    use super::{Index, Layout};
+
+    /// The table.
+    pub const LAYOUT: Layout = Layout {
+        name: "sd_conflict_matrix",
+        columns: &[
+            ("conflict_id", INT8OID),
+            ("sd_id_a", TEXTOID),
+            ("sd_id_b", TEXTOID),
+            ("conflict_type", TEXTOID),
+            ("conflict_severity", TEXTOID),
+            ("declared_at", TIMESTAMPTZOID),
+            ("declared_by", NAMEOID),
+            ("resolved_at", TIMESTAMPTZOID),
+            ("resolved_by", NAMEOID),
+            ("last_claim_at", TIMESTAMPTZOID),
+        ],
+        key: None,
+        indexes: &["sd_conflict_matrix_open_key", "sd_conflict_matrix_open_b_idx"],
+        triggers: &[],
+        checks: &["sd_conflict_matrix_order_check", "sd_conflict_matrix_severity_check"],
+    };
+
+    pub const SEVERITY: usize = LAYOUT.column("conflict_severity");
+
+    pub const OPEN_BY_SD_A: Index = LAYOUT.index("sd_conflict_matrix_open_key");
+    pub const OPEN_BY_SD_B: Index = LAYOUT.index("sd_conflict_matrix_open_b_idx");
+}
+
+/// `strategic_directives_v2`, the extension's own backlog.
+pub mod directives {
+    use pgrx::pg_sys::BuiltinOid::{BOOLOID, INT4OID, JSONBOID, TEXTOID, TIMESTAMPTZOID};
+
+    use super::{Index, Layout};
+
+    /// The table.
+    pub const LAYOUT: Layout = Layout {
+        name: "strategic_directives_v2",
+        columns: &[
+            ("sd_id", TEXTOID),
+            ("title", TEXTOID),
+            ("status", TEXTOID),
+            ("priority", TEXTOID),
+            ("track", TEXTOID),
+            ("sequence_rank", INT4OID),
+            ("dependencies", JSONBOID),
+            ("parent_sd_id", TEXTOID),
+            ("is_working_on", BOOLOID),
+            ("active_session_id", TEXTOID),
+            ("metadata", JSONBOID),
+            ("created_at", TIMESTAMPTZOID),
+            ("updated_at", TIMESTAMPTZOID),
+        ],
+        key: Some("sd_id"),
+        indexes: &["strategic_directives_v2_pkey"],
+        triggers: &[
+            "pg_claims_deleted",
+            "pg_claims_finished",
+            "pg_claims_truncated",
+            "zz_pg_claims_mirror_insert",
+            "zz_pg_claims_mirror_update",
+        ],
+        checks: &["strategic_directives_v2_sd_id_check"],
+    };
+
+    pub const SD_ID: usize = LAYOUT.column("sd_id");
+    pub const STATUS: usize = LAYOUT.column("status");
+    pub const IS_WORKING_ON: usize = LAYOUT.column("is_working_on");
+    pub const ACTIVE_SESSION_ID: usize = LAYOUT.column("active_session_id");
+
+    pub const BY_SD_ID: Index = LAYOUT.index("strategic_directives_v2_pkey");
+}

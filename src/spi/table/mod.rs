@@ -1,0 +1,122 @@
+//! Direct access to the extension's own tables, on the paths that are taken all the time.
+//!
+//! A statement costs more than what it does: the server starts a plan, checks rights, and reads the text
+//! of constraints and of triggers' conditions anew. Here rows are found by an index and written one by
+//! one, with the functions that the server's executor calls, and by its rules: a look takes a snapshot; a
+//! write finds out what a concurrent transaction has made of the row; where the transaction keeps one
+//! snapshot, a change that this does not show is error 40001.
+//!
+//! A direct write fires no trigger and checks no constraint. So a table is written directly only while it
+//! is as the extension made it ([`Table::may_be_written`]), by callers that do what its triggers would do.
+//! Otherwise they use statements.
+
+mod known;
+pub mod layout;
+mod places;
+mod read;
+mod snapshot;
+mod write;
+
+use std::rc::Rc;
+
+use pgrx::pg_sys;
+
+use super::catalog;
+use super::statement::Db;
+use crate::error::{ClaimError, Result};
+use layout::Layout;
+
+pub use known::{AllKnown, Known};
+pub use places::init;
+pub use read::{Key, TableRow};
+pub use snapshot::Snapshot;
+pub use write::{Lock, NewRow, Wait, next_value};
+
+/// One of the tables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Name {
+    Sessions,
+    Claims,
+    Events,
+    Holds,
+    Conflicts,
+    Directives,
+}
+
+impl Name {
+    /// All of them, in their order.
+    pub const ALL: [Self; 6] = [
+        Self::Sessions,
+        Self::Claims,
+        Self::Events,
+        Self::Holds,
+        Self::Conflicts,
+        Self::Directives,
+    ];
+
+    /// What the table is like.
+    pub fn layout(self) -> &'static Layout {
+        match self {
+            Self::Sessions => &layout::sessions::LAYOUT,
+            Self::Claims => &layout::claims::LAYOUT,
+            Self::Events => &layout::events::LAYOUT,
+            Self::Holds => &layout::holds::LAYOUT,
+            Self::Conflicts => &layout::conflicts::LAYOUT,
+            Self::Directives => &layout::directives::LAYOUT,
+        }
+    }
+}
+
+/// A table, open for the length of a call. Its lock stays until the transaction ends.
+pub struct Table {
+    known: Rc<Known>,
+    relation: pg_sys::Relation,
+}
+
+impl Table {
+    /// Opens it to be read.
+    pub fn to_read(db: &Db<'_>, name: Name) -> Result<Self> {
+        Self::open(db, name, pg_sys::AccessShareLock)
+    }
+
+    /// Opens it for rows to be locked or written.
+    pub fn to_write(db: &Db<'_>, name: Name) -> Result<Self> {
+        Self::open(db, name, pg_sys::RowExclusiveLock)
+    }
+
+    fn open(db: &Db<'_>, name: Name, mode: u32) -> Result<Self> {
+        loop {
+            let catalog = db.catalog()?;
+            let known = catalog
+                .table(name)
+                .cloned()
+                .ok_or(ClaimError::Corrupt { what: name.layout().name })?;
+            // SAFETY: raises an error if there is no such table; closed on drop, or by the server when
+            // the transaction aborts.
+            let relation = unsafe { pg_sys::table_open(known.oid, mode as pg_sys::LOCKMODE) };
+            let table = Self { known, relation };
+            // Whoever was waited for may have changed it; from here on nobody can.
+            if catalog::known().is_some_and(|now| Rc::ptr_eq(&now, &catalog)) {
+                return Ok(table);
+            }
+        }
+    }
+
+    /// Whether the table may be written directly: it has just the triggers and constraints that the
+    /// extension made, and those are in force.
+    pub fn may_be_written(&self) -> bool {
+        // SAFETY: reads a variable of this process's.
+        let role = unsafe { pg_sys::SessionReplicationRole };
+        self.known.is_as_made && role != pg_sys::SESSION_REPLICATION_ROLE_REPLICA as i32
+    }
+}
+
+impl Drop for Table {
+    fn drop(&mut self) {
+        // After an error the abort of the transaction or savepoint does it.
+        if !std::thread::panicking() {
+            // SAFETY: opened by `open`, and closed once. Keeps the lock.
+            unsafe { pg_sys::table_close(self.relation, pg_sys::NoLock as pg_sys::LOCKMODE) };
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! Where this transaction has found rows, by their primary keys.
+//!
+//! A call looks at the same row several times, each time with a newer snapshot. Where nobody has changed
+//! it meanwhile it is still where it was: that spares the search, which takes long where an old snapshot
+//! of somebody else's keeps many versions of the row. The transaction's lock on the table keeps the place
+//! itself from going away; what is there now must be looked at.
+
+use std::cell::{Cell, RefCell};
+use std::ffi::c_void;
+
+use pgrx::pg_sys;
+
+use super::Key;
+
+/// So many places are remembered at most.
+const MOST: usize = 16;
+
+struct Place {
+    table: pg_sys::Oid,
+    key: Owned,
+    at: pg_sys::ItemPointerData,
+}
+
+#[derive(PartialEq)]
+enum Owned {
+    Text(String),
+    Bigint(i64),
+}
+
+impl Owned {
+    fn is(&self, key: Key<'_>) -> bool {
+        match (self, key) {
+            (Self::Text(text), Key::Text(asked)) => text == asked,
+            (Self::Bigint(number), Key::Bigint(asked)) => *number == asked,
+            _ => false,
+        }
+    }
+}
+
+thread_local! {
+    static PLACES: RefCell<Vec<Place>> = const { RefCell::new(Vec::new()) };
+    static IS_USED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Asks the server to tell how transactions and subtransactions end.
+pub fn init() {
+    // SAFETY: runs once per process; the callbacks live as long as the library.
+    unsafe {
+        pg_sys::RegisterXactCallback(Some(transaction_ends), std::ptr::null_mut());
+        pg_sys::RegisterSubXactCallback(Some(subtransaction_ends), std::ptr::null_mut());
+    }
+}
+
+/// Where the row was last.
+pub fn recall(table: pg_sys::Oid, key: Key<'_>) -> Option<pg_sys::ItemPointerData> {
+    PLACES.with_borrow(|places| {
+        places.iter().find(|place| place.table == table && place.key.is(key)).map(|place| place.at)
+    })
+}
+
+/// Remembers where the row is.
+pub fn remember(table: pg_sys::Oid, key: Key<'_>, at: pg_sys::ItemPointerData) {
+    IS_USED.set(true);
+    PLACES.with_borrow_mut(|places| {
+        if let Some(place) =
+            places.iter_mut().find(|place| place.table == table && place.key.is(key))
+        {
+            place.at = at;
+            return;
+        }
+        if places.len() >= MOST {
+            places.clear();
+        }
+        let key = match key {
+            Key::Text(text) => Owned::Text(text.to_owned()),
+            Key::Bigint(number) => Owned::Bigint(number),
+        };
+        places.push(Place { table, key, at });
+    });
+}
+
+/// Neither allocates nor fails.
+fn forget() {
+    if IS_USED.replace(false) {
+        PLACES.with_borrow_mut(Vec::clear);
+    }
+}
+
+unsafe extern "C-unwind" fn transaction_ends(event: pg_sys::XactEvent::Type, _: *mut c_void) {
+    use pg_sys::XactEvent::{XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PREPARE};
+    if [XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PREPARE].contains(&event) {
+        forget();
+    }
+}
+
+// A subtransaction that is rolled back gives its locks on tables back.
+unsafe extern "C-unwind" fn subtransaction_ends(
+    event: pg_sys::SubXactEvent::Type,
+    _: pg_sys::SubTransactionId,
+    _: pg_sys::SubTransactionId,
+    _: *mut c_void,
+) {
+    if event == pg_sys::SubXactEvent::SUBXACT_EVENT_ABORT_SUB {
+        forget();
+    }
+}

@@ -1,0 +1,205 @@
+//! Finding rows by an index.
+
+use std::ffi::CStr;
+
+use chrono::{DateTime, TimeDelta, Utc};
+use pgrx::datum::{Interval, TimestampWithTimeZone};
+use pgrx::{FromDatum, IntoDatum, pg_sys};
+
+use super::layout::Index;
+use super::{Snapshot, Table, places};
+use crate::error::{ClaimError, Result};
+use crate::identity::Role;
+use crate::spi::row::Row;
+use crate::spi::time;
+
+/// What an index is asked for: the value of its first column.
+#[derive(Debug, Clone, Copy)]
+pub enum Key<'a> {
+    /// A text.
+    Text(&'a str),
+    /// A bigint.
+    Bigint(i64),
+}
+
+impl Key<'_> {
+    fn datum(self) -> Option<pg_sys::Datum> {
+        match self {
+            Self::Text(text) => text.into_datum(),
+            Self::Bigint(number) => number.into_datum(),
+        }
+    }
+
+    fn equality(self) -> pg_sys::Oid {
+        pg_sys::Oid::from(match self {
+            Self::Text(_) => pg_sys::F_TEXTEQ,
+            Self::Bigint(_) => pg_sys::F_INT8EQ,
+        })
+    }
+}
+
+impl Table {
+    /// The first row with this key that the snapshot shows.
+    pub fn find(&self, snapshot: &Snapshot, index: Index, key: Key<'_>) -> Option<TableRow> {
+        let Some(column) = self.known.key_of(index) else {
+            return self.find_where(snapshot, index, key, |_| true);
+        };
+        let row = match places::recall(self.known.oid, key) {
+            Some(place) => self.at(snapshot, place).filter(|row| row.has(column, key)),
+            None => None,
+        };
+        let row = row.or_else(|| self.find_where(snapshot, index, key, |_| true))?;
+        // SAFETY: the row's place is set.
+        places::remember(self.known.oid, key, unsafe { *row.place() });
+        Some(row)
+    }
+
+    /// The row at a place, if the snapshot shows that one.
+    fn at(&self, snapshot: &Snapshot, mut place: pg_sys::ItemPointerData) -> Option<TableRow> {
+        let row = self.empty_row();
+        // SAFETY: the table is open and has kept its lock since the place was found; the slot is one of
+        // the table's.
+        unsafe {
+            if !pg_sys::table_tuple_fetch_row_version(
+                self.relation,
+                &mut place,
+                snapshot.raw,
+                row.slot,
+            ) {
+                return None;
+            }
+            pg_sys::slot_getallattrs(row.slot);
+        }
+        Some(row)
+    }
+
+    /// The first of them that meets the condition.
+    pub fn find_where(
+        &self,
+        snapshot: &Snapshot,
+        index: Index,
+        key: Key<'_>,
+        condition: impl Fn(&TableRow) -> bool,
+    ) -> Option<TableRow> {
+        let argument = key.datum()?;
+        let row = self.empty_row();
+        // SAFETY: table and index are open while they are scanned, with the snapshot that is active;
+        // the slot is one of the table's. The index is one on a text or a bigint, as the key is.
+        unsafe {
+            let mode = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
+            let by = pg_sys::index_open(self.known.index(index), mode);
+            let mut scan_key = pg_sys::ScanKeyData::default();
+            pg_sys::ScanKeyEntryInitialize(
+                &mut scan_key,
+                0,
+                1,
+                pg_sys::BTEqualStrategyNumber as pg_sys::StrategyNumber,
+                pg_sys::Oid::INVALID,
+                *(*by).rd_indcollation,
+                key.equality(),
+                argument,
+            );
+            #[cfg(not(feature = "pg18"))]
+            let scan = pg_sys::index_beginscan(self.relation, by, snapshot.raw, 1, 0);
+            #[cfg(feature = "pg18")]
+            let scan = pg_sys::index_beginscan(
+                self.relation,
+                by,
+                snapshot.raw,
+                std::ptr::null_mut(),
+                1,
+                0,
+            );
+            pg_sys::index_rescan(scan, &mut scan_key, 1, std::ptr::null_mut(), 0);
+            let forward = pg_sys::ScanDirection::ForwardScanDirection;
+            let mut found = false;
+            while !found && pg_sys::index_getnext_slot(scan, forward, row.slot) {
+                pg_sys::slot_getallattrs(row.slot);
+                found = condition(&row);
+            }
+            pg_sys::index_endscan(scan);
+            pg_sys::index_close(by, mode);
+            found.then_some(row)
+        }
+    }
+
+    pub(super) fn empty_row(&self) -> TableRow {
+        // SAFETY: the table is open; the slot is dropped by `TableRow`.
+        TableRow { slot: unsafe { pg_sys::table_slot_create(self.relation, std::ptr::null_mut()) } }
+    }
+}
+
+/// A row of a table.
+pub struct TableRow {
+    /// All its columns have been taken apart.
+    pub(super) slot: *mut pg_sys::TupleTableSlot,
+}
+
+impl TableRow {
+    /// A column, by its position from 1 on.
+    fn get<T: FromDatum>(&self, position: usize) -> Option<T> {
+        // SAFETY: the layout's positions are those of the table's columns, and so are the types that
+        // are asked for; the slot keeps the row in memory, and what is made of it is a copy.
+        unsafe {
+            let value = *(*self.slot).tts_values.add(position - 1);
+            let is_null = *(*self.slot).tts_isnull.add(position - 1);
+            T::from_datum(value, is_null)
+        }
+    }
+
+    /// Whether the column has this value.
+    fn has(&self, position: usize, key: Key<'_>) -> bool {
+        match key {
+            Key::Text(text) => self.get::<&str>(position) == Some(text),
+            Key::Bigint(number) => self.get::<i64>(position) == Some(number),
+        }
+    }
+
+    /// A name that is never NULL.
+    pub fn required_name(&self, position: usize, what: &'static str) -> Result<String> {
+        let name = self.get::<&CStr>(position).ok_or(ClaimError::Corrupt { what })?;
+        Ok(name.to_string_lossy().into_owned())
+    }
+
+    /// Where it is.
+    pub(super) fn place(&self) -> pg_sys::ItemPointer {
+        // SAFETY: the slot is valid as long as this is.
+        unsafe { &raw mut (*self.slot).tts_tid }
+    }
+}
+
+impl Drop for TableRow {
+    fn drop(&mut self) {
+        // After an error the abort of the transaction or savepoint does it.
+        if !std::thread::panicking() {
+            // SAFETY: made by `empty_row`, and dropped once.
+            unsafe { pg_sys::ExecDropSingleTupleTableSlot(self.slot) };
+        }
+    }
+}
+
+impl Row for TableRow {
+    fn text(&self, position: usize) -> Result<Option<String>> {
+        Ok(self.get::<String>(position))
+    }
+
+    fn bigint(&self, position: usize) -> Result<Option<i64>> {
+        Ok(self.get::<i64>(position))
+    }
+
+    fn instant(&self, position: usize) -> Result<Option<DateTime<Utc>>> {
+        Ok(self.get::<TimestampWithTimeZone>(position).map(time::from_server))
+    }
+
+    fn time(&self, position: usize) -> Result<Option<TimeDelta>> {
+        Ok(self.get::<Interval>(position).map(|interval| time::from_interval(&interval)))
+    }
+
+    fn role(&self, position: usize, what: &'static str) -> Result<Role> {
+        self.get::<pg_sys::Oid>(position).map(Role).ok_or(ClaimError::Corrupt { what })
+    }
+
+    fn flag(&self, position: usize) -> Result<bool> {
+        Ok(self.get::<bool>(position).unwrap_or(false))
+    }
+}

@@ -1,0 +1,297 @@
+//! Locking and writing rows.
+
+use std::ffi::CStr;
+
+use chrono::TimeDelta;
+use pgrx::pg_sys::TM_Result;
+use pgrx::{IntoDatum, PgMemoryContexts, pg_sys};
+
+use super::{Snapshot, Table, TableRow};
+use crate::error::{ClaimError, Result};
+use crate::spi::time;
+
+/// What to do about a row that another transaction is writing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wait {
+    /// Wait until that ends.
+    Block,
+    /// Pass it by.
+    Skip,
+}
+
+/// What came of locking a row.
+pub enum Lock {
+    /// It is locked until the transaction ends. The row as it is by now.
+    Held(TableRow),
+    /// Another transaction is writing it.
+    Busy,
+    /// It was deleted, or moved to another partition.
+    Gone,
+}
+
+/// Values for some of a table's columns.
+#[derive(Default)]
+pub struct NewRow {
+    /// By position, from 1 on.
+    values: Vec<(usize, Option<pg_sys::Datum>)>,
+}
+
+impl NewRow {
+    /// Gives a column a value.
+    pub fn set(mut self, position: usize, value: impl IntoDatum) -> Self {
+        self.values.push((position, value.into_datum()));
+        self
+    }
+
+    /// Gives a column of type name a value; what is too long for it is cut, as the server does.
+    pub fn set_name(mut self, position: usize, value: &CStr) -> Self {
+        // SAFETY: the server copies the null-terminated string into a name of its own.
+        let name = unsafe {
+            let name = pg_sys::palloc0(size_of::<pg_sys::NameData>()).cast::<pg_sys::NameData>();
+            pg_sys::namestrcpy(name, value.as_ptr());
+            name
+        };
+        self.values.push((position, Some(pg_sys::Datum::from(name))));
+        self
+    }
+
+    /// Gives a numeric column a time in seconds, to the millisecond.
+    pub fn set_seconds(mut self, position: usize, time: Option<TimeDelta>) -> Self {
+        // SAFETY: makes a number of its own.
+        let number = time
+            .map(|time| unsafe { pg_sys::int64_div_fast_to_numeric(time.num_milliseconds(), 3) });
+        self.values.push((position, number.map(pg_sys::Datum::from)));
+        self
+    }
+
+    /// # Safety
+    /// `slot` must have as many columns as the table, filled, and the values' types must be theirs.
+    unsafe fn fill(&self, slot: *mut pg_sys::TupleTableSlot) {
+        for (position, value) in &self.values {
+            // SAFETY: as promised.
+            unsafe {
+                *(*slot).tts_values.add(position - 1) = value.unwrap_or(pg_sys::Datum::null());
+                *(*slot).tts_isnull.add(position - 1) = value.is_none();
+            }
+        }
+    }
+}
+
+impl Table {
+    /// Locks a row that was found, against everything but foreign keys' looks.
+    pub fn lock(&self, snapshot: &Snapshot, row: &TableRow, wait: Wait) -> Result<Lock> {
+        let keeps_snapshot = time::has_transaction_snapshot();
+        let mut flags = pg_sys::TUPLE_LOCK_FLAG_LOCK_UPDATE_IN_PROGRESS;
+        if !keeps_snapshot {
+            flags |= pg_sys::TUPLE_LOCK_FLAG_FIND_LAST_VERSION;
+        }
+        let locked = self.empty_row();
+        let mut failure = pg_sys::TM_FailureData::default();
+        // SAFETY: the row's place is one that the snapshot shows; the slot is one of the table's.
+        let result = unsafe {
+            pg_sys::PreventCommandIfReadOnly(c"SELECT FOR NO KEY UPDATE".as_ptr());
+            let mut place = *row.place();
+            pg_sys::table_tuple_lock(
+                self.relation,
+                &mut place,
+                snapshot.raw,
+                locked.slot,
+                pg_sys::GetCurrentCommandId(false),
+                pg_sys::LockTupleMode::LockTupleNoKeyExclusive,
+                match wait {
+                    Wait::Block => pg_sys::LockWaitPolicy::LockWaitBlock,
+                    Wait::Skip => pg_sys::LockWaitPolicy::LockWaitSkip,
+                },
+                flags as u8,
+                &mut failure,
+            )
+        };
+        match result {
+            TM_Result::TM_Ok => {
+                // SAFETY: the slot has been filled.
+                unsafe { pg_sys::slot_getallattrs(locked.slot) };
+                Ok(Lock::Held(locked))
+            }
+            TM_Result::TM_WouldBlock => Ok(Lock::Busy),
+            TM_Result::TM_Updated | TM_Result::TM_Deleted if keeps_snapshot => {
+                Err(ClaimError::Serialization)
+            }
+            // By this transaction as well: what it has deleted or changed since the look.
+            _ => Ok(Lock::Gone),
+        }
+    }
+
+    /// Gives a row that was found some new values, unless another transaction has changed it since: then
+    /// false. Waits for one that is just doing so.
+    pub fn update(&self, snapshot: &Snapshot, row: &TableRow, new: &NewRow) -> Result<bool> {
+        let keeps_snapshot = time::has_transaction_snapshot();
+        let written = self.empty_row();
+        let mut failure = pg_sys::TM_FailureData::default();
+        let mut lock_mode = pg_sys::LockTupleMode::LockTupleNoKeyExclusive;
+        // SAFETY: both slots are of this table and its columns have been taken apart; the old row stays
+        // in memory until the new one has been made of it. The values are of the columns' types.
+        let (result, indexes) = unsafe {
+            pg_sys::PreventCommandIfReadOnly(c"UPDATE".as_ptr());
+            pg_sys::CheckCmdReplicaIdentity(self.relation, pg_sys::CmdType::CMD_UPDATE);
+            let columns = (*(*self.relation).rd_att).natts as usize;
+            (*written.slot).tts_values.copy_from_nonoverlapping((*row.slot).tts_values, columns);
+            (*written.slot).tts_isnull.copy_from_nonoverlapping((*row.slot).tts_isnull, columns);
+            new.fill(written.slot);
+            pg_sys::ExecStoreVirtualTuple(written.slot);
+            let mut indexes = Indexes::default();
+            let mut place = *row.place();
+            let result = pg_sys::table_tuple_update(
+                self.relation,
+                &mut place,
+                written.slot,
+                pg_sys::GetCurrentCommandId(true),
+                snapshot.raw,
+                std::ptr::null_mut(),
+                true,
+                &mut failure,
+                &mut lock_mode,
+                &mut indexes,
+            );
+            (result, indexes)
+        };
+        match result {
+            TM_Result::TM_Ok => {
+                // SAFETY: the slot holds the row as it was written.
+                unsafe { self.update_indexes(&written, indexes) };
+                Ok(true)
+            }
+            TM_Result::TM_Updated | TM_Result::TM_Deleted if keeps_snapshot => {
+                Err(ClaimError::Serialization)
+            }
+            _ => Ok(false),
+        }
+    }
+
+    /// Adds a row; columns without a value become NULL.
+    pub fn insert(&self, new: &NewRow) {
+        let written = self.empty_row();
+        // SAFETY: the slot is of this table, and all its columns are filled.
+        unsafe {
+            pg_sys::PreventCommandIfReadOnly(c"INSERT".as_ptr());
+            let columns = (*(*self.relation).rd_att).natts as usize;
+            std::slice::from_raw_parts_mut((*written.slot).tts_isnull, columns).fill(true);
+            new.fill(written.slot);
+            pg_sys::ExecStoreVirtualTuple(written.slot);
+            pg_sys::simple_table_tuple_insert(self.relation, written.slot);
+            self.insert_index_entries(&written, false, false);
+        }
+    }
+
+    /// # Safety
+    /// `row` must just have been written.
+    #[cfg(any(feature = "pg14", feature = "pg15"))]
+    unsafe fn update_indexes(&self, row: &TableRow, indexes: Indexes) {
+        if indexes {
+            // SAFETY: as promised.
+            unsafe { self.insert_index_entries(row, true, false) };
+        }
+    }
+
+    /// # Safety
+    /// `row` must just have been written.
+    #[cfg(not(any(feature = "pg14", feature = "pg15")))]
+    unsafe fn update_indexes(&self, row: &TableRow, indexes: Indexes) {
+        use pg_sys::TU_UpdateIndexes::{TU_None, TU_Summarizing};
+        if indexes != TU_None {
+            // SAFETY: as promised.
+            unsafe { self.insert_index_entries(row, true, indexes == TU_Summarizing) };
+        }
+    }
+
+    /// # Safety
+    /// `row` must just have been written.
+    unsafe fn insert_index_entries(
+        &self,
+        row: &TableRow,
+        is_update: bool,
+        _only_summarizing: bool,
+    ) {
+        // SAFETY: the server reads no more of the description than its table and its indexes; that is
+        // zeroed memory with a node's tag, like one that it makes itself. What is made here is freed
+        // with the executor's state, at the latest when the transaction ends.
+        unsafe {
+            let state = pg_sys::CreateExecutorState();
+            PgMemoryContexts::For((*state).es_query_cxt).switch_to(|_| {
+                let target = pg_sys::palloc0(size_of::<pg_sys::ResultRelInfo>())
+                    .cast::<pg_sys::ResultRelInfo>();
+                (*target).type_ = pg_sys::NodeTag::T_ResultRelInfo;
+                (*target).ri_RelationDesc = self.relation;
+                pg_sys::ExecOpenIndices(target, false);
+                if is_update {
+                    self.insert_unchanged_key(target, row);
+                }
+                pg_sys::ExecInsertIndexTuples(
+                    target,
+                    row.slot,
+                    state,
+                    is_update,
+                    false,
+                    std::ptr::null_mut(),
+                    std::ptr::null_mut(),
+                    #[cfg(not(any(feature = "pg14", feature = "pg15")))]
+                    _only_summarizing,
+                );
+                pg_sys::ExecCloseIndices(target);
+            });
+            pg_sys::FreeExecutorState(state);
+        }
+    }
+
+    /// The primary key's entry for a new version of a row. No update here changes the key, so that there is
+    /// nothing to be checked: the server's check would visit every version of the row that anybody may
+    /// still see.
+    ///
+    /// # Safety
+    /// `target` must have its indexes open, and `row` must be the version that was just written.
+    unsafe fn insert_unchanged_key(&self, target: *mut pg_sys::ResultRelInfo, row: &TableRow) {
+        // SAFETY: as promised; the key has one column and no expression.
+        unsafe {
+            for at in 0..(*target).ri_NumIndices as usize {
+                let index = *(*target).ri_IndexRelationDescs.add(at);
+                let info = *(*target).ri_IndexRelationInfo.add(at);
+                if Some((*index).rd_id) != self.known.primary_index() {
+                    continue;
+                }
+                let mut value = [pg_sys::Datum::null(); pg_sys::INDEX_MAX_KEYS as usize];
+                let mut is_null = [false; pg_sys::INDEX_MAX_KEYS as usize];
+                pg_sys::FormIndexDatum(
+                    info,
+                    row.slot,
+                    std::ptr::null_mut(),
+                    value.as_mut_ptr(),
+                    is_null.as_mut_ptr(),
+                );
+                pg_sys::index_insert(
+                    index,
+                    value.as_mut_ptr(),
+                    is_null.as_mut_ptr(),
+                    row.place(),
+                    self.relation,
+                    pg_sys::IndexUniqueCheck::UNIQUE_CHECK_NO,
+                    true,
+                    info,
+                );
+                // The server passes by what it is told not to be ready.
+                (*info).ii_ReadyForInserts = false;
+            }
+        }
+    }
+}
+
+/// What of the indexes an update has to write.
+#[cfg(any(feature = "pg14", feature = "pg15"))]
+type Indexes = bool;
+#[cfg(not(any(feature = "pg14", feature = "pg15")))]
+type Indexes = pg_sys::TU_UpdateIndexes::Type;
+
+/// The next value of a sequence.
+pub fn next_value(sequence: pg_sys::Oid) -> Result<i64> {
+    // SAFETY: a function of the server's that takes a sequence.
+    unsafe { pgrx::direct_function_call::<i64>(pg_sys::nextval_oid, &[sequence.into_datum()]) }
+        .ok_or(ClaimError::Corrupt { what: "a sequence" })
+}
