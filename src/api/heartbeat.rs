@@ -17,6 +17,7 @@ use crate::identity::{self, ActingAs};
 use crate::jsonb::Jsonb;
 use crate::spi::heartbeat::{self, Found};
 use crate::spi::{Db, claim, session, time};
+use crate::worker::wake;
 
 /// The longest note on progress, in characters.
 const MAX_NOTE_CHARACTERS: usize = 1000;
@@ -31,7 +32,12 @@ fn update_session_heartbeat(
 ) -> Result<Jsonb, ErrorReport> {
     let session_id = checked_id("p_session_id", p_session_id)?;
     shared::note_acting_for(session_id);
-    if let Some(beat) = heartbeat::beat_on_board(session_id, identity::caller()?, p_claim_id) {
+    let caller = identity::caller()?;
+    if let Some(beat) = heartbeat::beat_on_board(session_id, caller, p_claim_id) {
+        return Ok(answer(Ok(beat))?);
+    }
+    wake::keep();
+    if let Some(beat) = heartbeat::beat_at_once(session_id, caller, p_claim_id)? {
         return Ok(answer(Ok(beat))?);
     }
     // SAFETY: the server calls with a description of the function.

@@ -60,30 +60,39 @@ pub fn beat(
     owner_role: Role,
     claim_id: Option<i64>,
 ) -> Result<Option<(Beat, Option<i64>)>> {
+    if let Some(table) = Table::to_write_directly(Name::Sessions) {
+        return beat_directly(&table, session_id, owner_role, claim_id, true);
+    }
     let undisturbed = Undisturbed::new();
-    let table = Table::to_write(db, Name::Sessions)?;
-    let beaten = if table.may_be_written() {
-        beat_directly(&table, session_id, owner_role, claim_id)?
-    } else {
-        db.first_row(&BEAT, &[session_id.into(), owner_role.0.into(), claim_id.into()])?
-            .map(|row| read_beat(&row, session_id.to_owned()))
-            .transpose()?
-    };
-    let Some((beat, lost)) = beaten else {
+    let arguments = [session_id.into(), owner_role.0.into(), claim_id.into()];
+    let Some(row) = db.first_row(&BEAT, &arguments)? else {
         return Ok(None);
     };
+    let (beat, lost) = read_beat(&row, session_id.to_owned())?;
     if undisturbed.still() && lost.is_none() {
-        open_on_board(db, &beat, owner_role)?;
+        open_on_board(db.catalog()?.sessions, &beat, owner_role);
     }
     Ok(Some((beat, lost)))
 }
 
+/// The same where it takes neither a statement nor anybody's rights: the table is known and may be
+/// written directly. `None` also where the session lost a claim of which it must be told.
+pub fn beat_at_once(session_id: &str, caller: Role, claim_id: Option<i64>) -> Result<Option<Beat>> {
+    let Some(table) = Table::to_write_directly(Name::Sessions) else {
+        return Ok(None);
+    };
+    Ok(beat_directly(&table, session_id, caller, claim_id, false)?.map(|(beat, _)| beat))
+}
+
+/// `is_told` says whether the session can be told of a claim that it lost; otherwise such a one is left alone.
 fn beat_directly(
     table: &Table,
     session_id: &str,
     owner_role: Role,
     named: Option<i64>,
+    is_told: bool,
 ) -> Result<Option<(Beat, Option<i64>)>> {
+    let undisturbed = Undisturbed::new();
     loop {
         pgrx::check_for_interrupts!();
         let snapshot = Snapshot::take();
@@ -91,9 +100,11 @@ fn beat_directly(
             return Ok(None);
         };
         let claim_id = row.bigint(column::CLAIM_ID)?;
+        let lost = row.bigint(column::LOST_CLAIM_ID)?;
         if row.required_text(column::STATUS, "claude_sessions.status")? == "released"
             || row.role(column::OWNER_ROLE, "claude_sessions.owner_role")? != owner_role
             || named.is_some_and(|named| Some(named) != claim_id)
+            || (lost.is_some() && !is_told)
         {
             return Ok(None);
         }
@@ -111,7 +122,10 @@ fn beat_directly(
             claim_id,
             lost_claim: None,
         };
-        return Ok(Some((beat, row.bigint(column::LOST_CLAIM_ID)?)));
+        if undisturbed.still() && lost.is_none() {
+            open_on_board(table.oid(), &beat, owner_role);
+        }
+        return Ok(Some((beat, lost)));
     }
 }
 
@@ -134,11 +148,10 @@ impl Undisturbed {
 
 /// Lets the board answer from now on: the row is locked, and undisturbed. A session that lost a claim is
 /// told so by the table.
-fn open_on_board(db: &Db<'_>, beat: &Beat, owner_role: Role) -> Result<()> {
+fn open_on_board(table: pg_sys::Oid, beat: &Beat, owner_role: Role) {
     let held = Held { owner: owner_role.0.to_u32(), claim: beat.sd_id.clone().zip(beat.claim_id) };
-    let place = Place::of(db.catalog()?.sessions, &beat.session_id);
+    let place = Place::of(table, &beat.session_id);
     place.open(&held, time::to_microseconds(beat.heartbeat_at));
-    Ok(())
 }
 
 /// Records a sign of life on the board, without any statement. `None` where only the table can tell: the
@@ -222,7 +235,8 @@ pub fn beat_many(db: &Db<'_>, session_ids: &[String]) -> Result<Vec<(String, Fou
             (Some(_), _) => {
                 let (beat, lost) = read_beat(&rows, session_id.clone())?;
                 if undisturbed.still() && lost.is_none() {
-                    open_on_board(db, &beat, rows.role(7, "claude_sessions.owner_role")?)?;
+                    let owner_role = rows.role(7, "claude_sessions.owner_role")?;
+                    open_on_board(db.catalog()?.sessions, &beat, owner_role);
                 }
                 Found::Beaten(Box::new(beat), lost)
             }

@@ -12,6 +12,7 @@ mod catching_up;
 mod claim;
 mod claim_next;
 mod conflict;
+mod direct;
 mod direct_writes;
 mod dump_restore;
 mod guard;

@@ -3,10 +3,11 @@
 use std::ffi::CString;
 use std::rc::Rc;
 
-use pgrx::pg_sys;
+use pgrx::{JsonB, pg_sys};
+use serde::Deserialize;
 
 use super::Name;
-use super::layout::{Index, Layout};
+use super::layout::{self, Layout};
 use crate::error::Result;
 use crate::spi::statement::{Db, required};
 
@@ -18,8 +19,73 @@ pub struct Known {
     indexes: Vec<pg_sys::Oid>,
     /// The primary key's position, if the table is read by it: by the first index.
     key: Option<usize>,
-    /// Whether it has just the triggers and constraints that the extension made, all in force.
+    /// Whether it has just the triggers and constraints that the extension made, all in force, and no
+    /// index that would run code of a user's.
     pub(super) is_as_made: bool,
+    /// What a new version of a row enters into the indexes, if that is known of all of them.
+    pub(super) entries: Option<Vec<Entry>>,
+}
+
+/// What the catalogue says of an index.
+#[derive(Deserialize)]
+struct Index {
+    oid: u32,
+    name: String,
+    columns: Vec<i16>,
+    is_unique: bool,
+    is_primary: bool,
+    is_partial: bool,
+    /// A B-tree on columns, checked at once.
+    is_simple: bool,
+}
+
+/// How a row is entered into an index.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Entry {
+    /// The index.
+    pub index: pg_sys::Oid,
+    /// Its columns, by their positions in the table.
+    pub columns: Vec<usize>,
+    /// Whether it is unique.
+    pub is_unique: bool,
+    /// Whether it is the primary key's, which no update here changes.
+    pub is_primary: bool,
+    /// Which rows it has.
+    pub rows: Rows,
+}
+
+/// Which rows an index has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rows {
+    /// All of them.
+    All,
+    /// Sessions that hold an SD.
+    Holding,
+    /// Acquisitions that have not ended.
+    Open,
+}
+
+impl Entry {
+    fn of_all(indexes: &[Index]) -> Option<Vec<Self>> {
+        indexes.iter().map(Self::of).collect()
+    }
+
+    fn of(index: &Index) -> Option<Self> {
+        let rows = match (index.is_partial, index.name.as_str()) {
+            (false, _) => Rows::All,
+            (true, "idx_claude_sessions_unique_active_claim") => Rows::Holding,
+            (true, "sd_claims_open_key") => Rows::Open,
+            (true, _) => return None,
+        };
+        let columns = index.columns.iter().map(|column| usize::try_from(*column).ok());
+        index.is_simple.then_some(Self {
+            index: pg_sys::Oid::from(index.oid),
+            columns: columns.collect::<Option<_>>()?,
+            is_unique: index.is_unique,
+            is_primary: index.is_primary,
+            rows,
+        })
+    }
 }
 
 /// What is known of the extension's own tables, in the order of [`Name::ALL`].
@@ -40,7 +106,18 @@ const LOOK: &str = "
            AND NOT EXISTS (SELECT FROM pg_catalog.pg_attribute a
                             WHERE a.attrelid = c.oid AND a.attgenerated <> '')
            AND NOT EXISTS (SELECT FROM pg_catalog.pg_trigger t
-                            WHERE t.tgrelid = c.oid AND t.tgenabled NOT IN ('O', 'A'))
+                            WHERE t.tgrelid = c.oid AND t.tgenabled NOT IN ('O', 'A')),
+           ARRAY(SELECT i.relname::text FROM pg_catalog.pg_index x
+                   JOIN pg_catalog.pg_class i ON i.oid = x.indexrelid
+                  WHERE x.indrelid = c.oid AND (x.indexprs IS NOT NULL OR x.indpred IS NOT NULL)),
+           (SELECT pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(
+                       'oid', x.indexrelid::bigint, 'name', i.relname,
+                       'columns', pg_catalog.string_to_array(x.indkey::text, ' ')::integer[],
+                       'is_unique', x.indisunique, 'is_primary', x.indisprimary,
+                       'is_partial', x.indpred IS NOT NULL,
+                       'is_simple', i.relam = 403 AND x.indexprs IS NULL AND x.indimmediate))
+              FROM pg_catalog.pg_index x JOIN pg_catalog.pg_class i ON i.oid = x.indexrelid
+             WHERE x.indrelid = c.oid AND x.indisready)
       FROM pg_catalog.pg_class c WHERE c.oid = ANY ($1)";
 
 impl Known {
@@ -55,6 +132,7 @@ impl Known {
                 required(row.get::<Vec<String>>(position)?, "pg_class")
             };
             let (columns, checks, triggers) = (list(3)?, list(4)?, list(5)?);
+            let computed = list(7)?;
             let is_plain = row.get::<bool>(6)?.unwrap_or(false);
             for name in Name::ALL {
                 let layout = name.layout();
@@ -64,26 +142,29 @@ impl Known {
                 let Some(indexes) = indexes(layout, schema) else { continue };
                 let is_as_made = is_plain
                     && columns.len() == layout.columns.len()
+                    && computed.iter().all(|index| layout.computed.contains(&index.as_str()))
                     && same_names(&checks, layout.checks)
                     && same_names(&triggers, layout.triggers);
                 let key = layout.key_column();
-                known[name as usize] = Some(Rc::new(Self { oid: found, indexes, key, is_as_made }));
+                let entries = match row.get::<JsonB>(8)? {
+                    Some(JsonB(indexes)) => {
+                        Entry::of_all(&serde_json::from_value::<Vec<Index>>(indexes)?)
+                    }
+                    None => None,
+                };
+                let known_table = Self { oid: found, indexes, key, is_as_made, entries };
+                known[name as usize] = Some(Rc::new(known_table));
             }
         }
         Ok(known)
     }
 
     /// The primary key's position, if that is what the index is on.
-    pub(super) fn key_of(&self, index: Index) -> Option<usize> {
+    pub(super) fn key_of(&self, index: layout::Index) -> Option<usize> {
         self.key.filter(|_| index.0 == 0)
     }
 
-    /// The primary key's index, if the table is read by it.
-    pub(super) fn primary_index(&self) -> Option<pg_sys::Oid> {
-        self.key.and(self.indexes.first().copied())
-    }
-
-    pub(super) fn index(&self, index: Index) -> pg_sys::Oid {
+    pub(super) fn index(&self, index: layout::Index) -> pg_sys::Oid {
         self.indexes[index.0]
     }
 }

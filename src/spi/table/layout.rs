@@ -12,6 +12,8 @@ pub struct Layout {
     pub key: Option<&'static str>,
     /// Those of its indexes by which it is read; that of the primary key comes first.
     pub indexes: &'static [&'static str],
+    /// Those of its indexes that are partial or on expressions.
+    pub computed: &'static [&'static str],
     /// The triggers whose work a direct write does itself.
     pub triggers: &'static [&'static str],
     /// The constraints that a direct write keeps by itself.
@@ -105,6 +107,7 @@ pub mod sessions {
         ],
         key: Some("session_id"),
         indexes: &["claude_sessions_pkey", "idx_claude_sessions_unique_active_claim"],
+        computed: &["idx_claude_sessions_unique_active_claim"],
         triggers: &[
             "claude_sessions_changed_trigger",
             "claude_sessions_complete_trigger",
@@ -170,6 +173,7 @@ pub mod claims {
         ],
         key: Some("claim_id"),
         indexes: &["sd_claims_pkey", "sd_claims_open_key"],
+        computed: &["sd_claims_open_key"],
         triggers: &[
             "sd_claims_protect_insert_trigger",
             "sd_claims_protect_update_trigger",
@@ -222,6 +226,7 @@ pub mod events {
         ],
         key: None,
         indexes: &[],
+        computed: &[],
         triggers: &[],
         checks: &[],
     };
@@ -255,6 +260,7 @@ pub mod holds {
         ],
         key: Some("sd_id"),
         indexes: &["sd_holds_pkey"],
+        computed: &[],
         triggers: &[],
         checks: &[],
     };
@@ -289,6 +295,7 @@ pub mod conflicts {
         ],
         key: None,
         indexes: &["sd_conflict_matrix_open_key", "sd_conflict_matrix_open_b_idx"],
+        computed: &["sd_conflict_matrix_open_key", "sd_conflict_matrix_open_b_idx"],
         triggers: &[],
         checks: &["sd_conflict_matrix_order_check", "sd_conflict_matrix_severity_check"],
     };
@@ -325,6 +332,7 @@ pub mod directives {
         ],
         key: Some("sd_id"),
         indexes: &["strategic_directives_v2_pkey"],
+        computed: &["strategic_directives_v2_queue_idx", "strategic_directives_v2_parent_idx"],
         triggers: &[
             "pg_claims_deleted",
             "pg_claims_finished",

@@ -8,7 +8,7 @@
 //!
 //! A direct write fires no trigger and checks no constraint. So a table is written directly only while it
 //! is as the extension made it ([`Table::may_be_written`]), by callers that do what its triggers would do.
-//! Otherwise they use statements.
+//! Otherwise they use statements. As no code of anybody else's runs then, nobody's rights matter.
 
 mod known;
 pub mod layout;
@@ -21,7 +21,7 @@ use std::rc::Rc;
 
 use pgrx::pg_sys;
 
-use super::catalog;
+use super::catalog::{self, Catalog};
 use super::statement::Db;
 use crate::error::{ClaimError, Result};
 use layout::Layout;
@@ -84,22 +84,38 @@ impl Table {
         Self::open(db, name, pg_sys::RowExclusiveLock)
     }
 
+    /// Opens it to be written, if it is known already and may be written directly.
+    pub fn to_write_directly(name: Name) -> Option<Self> {
+        let table = Self::open_as_known(&catalog::known()?, name, pg_sys::RowExclusiveLock)?;
+        table.may_be_written().then_some(table)
+    }
+
     fn open(db: &Db<'_>, name: Name, mode: u32) -> Result<Self> {
         loop {
             let catalog = db.catalog()?;
-            let known = catalog
-                .table(name)
-                .cloned()
-                .ok_or(ClaimError::Corrupt { what: name.layout().name })?;
-            // SAFETY: raises an error if there is no such table; closed on drop, or by the server when
-            // the transaction aborts.
-            let relation = unsafe { pg_sys::table_open(known.oid, mode as pg_sys::LOCKMODE) };
-            let table = Self { known, relation };
-            // Whoever was waited for may have changed it; from here on nobody can.
-            if catalog::known().is_some_and(|now| Rc::ptr_eq(&now, &catalog)) {
+            if catalog.table(name).is_none() {
+                return Err(ClaimError::Corrupt { what: name.layout().name });
+            }
+            if let Some(table) = Self::open_as_known(&catalog, name, mode) {
                 return Ok(table);
             }
         }
+    }
+
+    /// `None` where it is known no more, because it was changed meanwhile.
+    fn open_as_known(catalog: &Rc<Catalog>, name: Name, mode: u32) -> Option<Self> {
+        let known = Rc::clone(catalog.table(name)?);
+        // SAFETY: raises an error if there is no such table; closed on drop, or by the server when the
+        // transaction aborts.
+        let relation = unsafe { pg_sys::table_open(known.oid, mode as pg_sys::LOCKMODE) };
+        let table = Self { known, relation };
+        // Whoever was waited for may have changed it; from here on nobody can.
+        catalog::known().is_some_and(|now| Rc::ptr_eq(&now, catalog)).then_some(table)
+    }
+
+    /// The table.
+    pub fn oid(&self) -> pg_sys::Oid {
+        self.known.oid
     }
 
     /// Whether the table may be written directly: it has just the triggers and constraints that the

@@ -147,10 +147,21 @@ impl TableRow {
         }
     }
 
+    /// Whether the column is NULL.
+    pub(super) fn is_null(&self, position: usize) -> bool {
+        // SAFETY: as for `get`.
+        unsafe { *(*self.slot).tts_isnull.add(position - 1) }
+    }
+
+    /// Whether a column says so.
+    pub(super) fn says(&self, position: usize, text: &str) -> bool {
+        self.get::<&str>(position) == Some(text)
+    }
+
     /// Whether the column has this value.
     fn has(&self, position: usize, key: Key<'_>) -> bool {
         match key {
-            Key::Text(text) => self.get::<&str>(position) == Some(text),
+            Key::Text(text) => self.says(position, text),
             Key::Bigint(number) => self.get::<i64>(position) == Some(number),
         }
     }

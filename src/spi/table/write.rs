@@ -6,6 +6,8 @@ use chrono::TimeDelta;
 use pgrx::pg_sys::TM_Result;
 use pgrx::{IntoDatum, PgMemoryContexts, pg_sys};
 
+use super::known::{Entry, Rows};
+use super::layout::{claims, sessions};
 use super::{Snapshot, Table, TableRow};
 use crate::error::{ClaimError, Result};
 use crate::spi::time;
@@ -205,7 +207,63 @@ impl Table {
 
     /// # Safety
     /// `row` must just have been written.
-    unsafe fn insert_index_entries(
+    unsafe fn insert_index_entries(&self, row: &TableRow, is_update: bool, only_summarizing: bool) {
+        // SAFETY: as promised. Writing has made a tuple of the columns; they are taken apart again.
+        unsafe {
+            pg_sys::slot_getallattrs(row.slot);
+            match &self.known.entries {
+                Some(entries) if !only_summarizing => {
+                    for entry in entries.iter().filter(|entry| entry.has(row)) {
+                        self.insert_index_entry(row, entry, is_update);
+                    }
+                }
+                _ => self.insert_index_entries_by_executor(row, is_update, only_summarizing),
+            }
+        }
+    }
+
+    /// # Safety
+    /// `row` must just have been written, and `entry` be one of the table's.
+    unsafe fn insert_index_entry(&self, row: &TableRow, entry: &Entry, is_update: bool) {
+        let mut values = [pg_sys::Datum::null(); pg_sys::INDEX_MAX_KEYS as usize];
+        let mut are_null = [false; pg_sys::INDEX_MAX_KEYS as usize];
+        // No update here changes the primary key, so that there is nothing to be checked: the server's
+        // check would visit every version of the row that anybody may still see.
+        let is_unchanged = is_update && entry.is_primary;
+        let check = if entry.is_unique && !is_unchanged {
+            pg_sys::IndexUniqueCheck::UNIQUE_CHECK_YES
+        } else {
+            pg_sys::IndexUniqueCheck::UNIQUE_CHECK_NO
+        };
+        // SAFETY: as promised; a B-tree asks for no more of its description than that there is one.
+        unsafe {
+            for (at, column) in entry.columns.iter().enumerate() {
+                values[at] = *(*row.slot).tts_values.add(column - 1);
+                are_null[at] = *(*row.slot).tts_isnull.add(column - 1);
+            }
+            let mut info = pg_sys::IndexInfo {
+                type_: pg_sys::NodeTag::T_IndexInfo,
+                ..pg_sys::IndexInfo::default()
+            };
+            let mode = pg_sys::RowExclusiveLock as pg_sys::LOCKMODE;
+            let index = pg_sys::index_open(entry.index, mode);
+            pg_sys::index_insert(
+                index,
+                values.as_mut_ptr(),
+                are_null.as_mut_ptr(),
+                row.place(),
+                self.relation,
+                check,
+                is_unchanged,
+                &mut info,
+            );
+            pg_sys::index_close(index, pg_sys::NoLock as pg_sys::LOCKMODE);
+        }
+    }
+
+    /// # Safety
+    /// `row` must just have been written.
+    unsafe fn insert_index_entries_by_executor(
         &self,
         row: &TableRow,
         is_update: bool,
@@ -222,9 +280,6 @@ impl Table {
                 (*target).type_ = pg_sys::NodeTag::T_ResultRelInfo;
                 (*target).ri_RelationDesc = self.relation;
                 pg_sys::ExecOpenIndices(target, false);
-                if is_update {
-                    self.insert_unchanged_key(target, row);
-                }
                 pg_sys::ExecInsertIndexTuples(
                     target,
                     row.slot,
@@ -241,44 +296,15 @@ impl Table {
             pg_sys::FreeExecutorState(state);
         }
     }
+}
 
-    /// The primary key's entry for a new version of a row. No update here changes the key, so that there is
-    /// nothing to be checked: the server's check would visit every version of the row that anybody may
-    /// still see.
-    ///
-    /// # Safety
-    /// `target` must have its indexes open, and `row` must be the version that was just written.
-    unsafe fn insert_unchanged_key(&self, target: *mut pg_sys::ResultRelInfo, row: &TableRow) {
-        // SAFETY: as promised; the key has one column and no expression.
-        unsafe {
-            for at in 0..(*target).ri_NumIndices as usize {
-                let index = *(*target).ri_IndexRelationDescs.add(at);
-                let info = *(*target).ri_IndexRelationInfo.add(at);
-                if Some((*index).rd_id) != self.known.primary_index() {
-                    continue;
-                }
-                let mut value = [pg_sys::Datum::null(); pg_sys::INDEX_MAX_KEYS as usize];
-                let mut is_null = [false; pg_sys::INDEX_MAX_KEYS as usize];
-                pg_sys::FormIndexDatum(
-                    info,
-                    row.slot,
-                    std::ptr::null_mut(),
-                    value.as_mut_ptr(),
-                    is_null.as_mut_ptr(),
-                );
-                pg_sys::index_insert(
-                    index,
-                    value.as_mut_ptr(),
-                    is_null.as_mut_ptr(),
-                    row.place(),
-                    self.relation,
-                    pg_sys::IndexUniqueCheck::UNIQUE_CHECK_NO,
-                    true,
-                    info,
-                );
-                // The server passes by what it is told not to be ready.
-                (*info).ii_ReadyForInserts = false;
-            }
+impl Entry {
+    /// Whether the index has this row.
+    fn has(&self, row: &TableRow) -> bool {
+        match self.rows {
+            Rows::All => true,
+            Rows::Holding => !row.is_null(sessions::SD_ID) && row.says(sessions::STATUS, "active"),
+            Rows::Open => row.is_null(claims::RELEASED_AT),
         }
     }
 }

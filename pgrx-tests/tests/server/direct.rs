@@ -1,0 +1,210 @@
+//! The extension writes its own tables directly only as long as nobody can tell the difference.
+
+use pg_claims_tests::sqlstate;
+
+use crate::support::*;
+
+const TABLES: [&str; 4] =
+    ["claude_sessions", "sd_claims", "session_lifecycle_events", "strategic_directives_v2"];
+
+#[test]
+fn a_trigger_that_comes_later_is_fired_from_then_on() {
+    let (db, mut c) = coordinated();
+    granted(&mut c, "SD-1", "s1");
+    release(&mut c, "s1");
+    for table in TABLES {
+        db.connect()
+            .batch_execute(&format!(
+                "CREATE TABLE seen_{table} (what text);
+                 CREATE FUNCTION see_{table}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS
+                     $$ BEGIN INSERT INTO public.seen_{table} VALUES (TG_OP); RETURN NULL; END $$;
+                 CREATE TRIGGER see AFTER INSERT OR UPDATE ON {table}
+                     FOR EACH ROW EXECUTE FUNCTION see_{table}()"
+            ))
+            .unwrap();
+    }
+    granted(&mut c, "SD-1", "s1");
+    release(&mut c, "s1");
+    let seen = TABLES.map(|table| {
+        value(&mut c, &format!("SELECT string_agg(what, ' ') FROM seen_{table}")).unwrap()
+    });
+    assert_eq!(seen, ["UPDATE UPDATE", "INSERT UPDATE", "INSERT INSERT", "UPDATE UPDATE"]);
+
+    for table in TABLES {
+        let gone = format!("DROP TRIGGER see ON {table}; TRUNCATE seen_{table}");
+        db.connect().batch_execute(&gone).unwrap();
+    }
+    granted(&mut c, "SD-2", "s1");
+    for table in TABLES {
+        assert_eq!(count(&mut c, &format!("SELECT count(*) FROM seen_{table}")), 0);
+    }
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn a_constraint_that_comes_later_holds() {
+    let (db, mut c) = coordinated();
+    granted(&mut c, "SD-1", "s1");
+    release(&mut c, "s1");
+    db.connect()
+        .batch_execute(
+            "ALTER TABLE claude_sessions ADD CONSTRAINT no_such_track CHECK (track <> 'none')",
+        )
+        .unwrap();
+    let error = c.query("SELECT claim_sd('SD-1', 's1', 'none')", &[]).unwrap_err();
+    assert_eq!(sqlstate(&error), "23514");
+    granted(&mut c, "SD-1", "s1");
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn a_column_that_comes_later_keeps_its_default_and_its_values() {
+    let (db, mut c) = coordinated();
+    granted(&mut c, "SD-1", "s1");
+    for table in TABLES {
+        db.connect()
+            .batch_execute(&format!("ALTER TABLE {table} ADD COLUMN note text DEFAULT 'made'"))
+            .unwrap();
+    }
+    c.batch_execute("UPDATE claude_sessions SET note = 'mine'").unwrap();
+    release(&mut c, "s1");
+    granted(&mut c, "SD-2", "s1");
+    let notes = |c: &mut postgres::Client, table: &str| {
+        value(c, &format!("SELECT string_agg(DISTINCT note, ' ') FROM {table}"))
+    };
+    assert_eq!(notes(&mut c, "claude_sessions"), Some("mine".into()));
+    for table in &TABLES[1..] {
+        assert_eq!(notes(&mut c, table), Some("made".into()), "{table}");
+    }
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn indexes_may_be_rebuilt_and_added_at_any_time() {
+    let (db, mut c) = coordinated();
+    let mut other = db.connect();
+    for round in 0..3 {
+        for table in TABLES {
+            other.batch_execute(&format!("REINDEX TABLE CONCURRENTLY {table}")).unwrap();
+            other
+                .batch_execute(&format!("CREATE INDEX added_{round}_{table} ON {table} (sd_id)"))
+                .unwrap();
+        }
+        granted(&mut c, "SD-1", "s1");
+        assert_eq!(claim(&mut c, "SD-1", "s2")["claimed_by"], "s1");
+        assert_eq!(beat(&mut c, "s1")["success"], true);
+        release(&mut c, "s1");
+    }
+    // Each index says what its table says.
+    for (table, key) in [
+        ("claude_sessions", "session_id > ''"),
+        ("claude_sessions", "sd_id > '' AND status = 'active'"),
+        ("claude_sessions", "sd_id > ''"),
+        ("sd_claims", "claim_id > 0"),
+        ("sd_claims", "sd_id > ''"),
+        ("sd_claims", "sd_id > '' AND released_at IS NULL"),
+        ("session_lifecycle_events", "event_id > 0"),
+        ("session_lifecycle_events", "sd_id > ''"),
+        ("strategic_directives_v2", "sd_id > ''"),
+    ] {
+        let all =
+            format!("SELECT string_agg(t::text, ' ' ORDER BY t::text) FROM {table} t WHERE {key}");
+        c.batch_execute("SET enable_seqscan = off").unwrap();
+        let by_index = value(&mut c, &all);
+        c.batch_execute(
+            "RESET enable_seqscan; SET enable_indexscan = off; SET enable_bitmapscan = off; SET enable_indexonlyscan = off",
+        )
+        .unwrap();
+        assert_eq!(value(&mut c, &all), by_index, "{table}: {key}");
+        c.batch_execute(
+            "RESET enable_indexscan; RESET enable_bitmapscan; RESET enable_indexonlyscan",
+        )
+        .unwrap();
+    }
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn code_in_an_index_is_run_by_the_server_and_not_past_it() {
+    let (db, mut c) = coordinated();
+    granted(&mut c, "SD-1", "s1");
+    release(&mut c, "s1");
+    // Whoever runs the code, the claim's statement runs it: an error in it is the claim's error.
+    db.connect()
+        .batch_execute(
+            "CREATE FUNCTION picky(text) RETURNS text IMMUTABLE LANGUAGE plpgsql AS
+                 $$ BEGIN IF $1 = 'claimed' THEN RAISE 'not this one'; END IF; RETURN $1; END $$;
+             TRUNCATE session_lifecycle_events;
+             CREATE INDEX picky ON session_lifecycle_events (picky(event_type))",
+        )
+        .unwrap();
+    let error = c.query("SELECT claim_sd('SD-1', 's1')", &[]).unwrap_err();
+    assert_eq!(error.as_db_error().unwrap().message(), "not this one");
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn a_row_that_has_changed_since_the_snapshot_is_a_serialization_failure() {
+    for isolation in ["REPEATABLE READ", "SERIALIZABLE"] {
+        let (db, mut c) = coordinated();
+        granted(&mut c, "SD-1", "s1");
+        for call in ["update_session_heartbeat('s1')", "release_sd('s1')", "claim_sd('SD-2', 's1')"]
+        {
+            let mut late = db.connect();
+            late.batch_execute(&format!(
+                "BEGIN ISOLATION LEVEL {isolation}; SELECT 1 FROM sd_holds"
+            ))
+            .unwrap();
+            beat(&mut c, "s1");
+            let error = late.query(&format!("SELECT {call}"), &[]).unwrap_err();
+            assert_eq!(sqlstate(&error), "40001", "{isolation}: {call}");
+        }
+        assert_in_step(&mut c);
+    }
+}
+
+#[test]
+fn what_a_transaction_wrote_it_finds_again_also_after_a_savepoint_was_rolled_back() {
+    let (_db, mut c) = coordinated();
+    c.batch_execute("BEGIN").unwrap();
+    granted(&mut c, "SD-1", "s1");
+    c.batch_execute("SAVEPOINT here").unwrap();
+    release(&mut c, "s1");
+    granted(&mut c, "SD-2", "s1");
+    c.batch_execute("ROLLBACK TO here").unwrap();
+    assert_eq!(claim(&mut c, "SD-1", "s2")["claimed_by"], "s1");
+    assert_eq!(beat(&mut c, "s1")["sd_id"], "SD-1");
+    release(&mut c, "s1");
+    granted(&mut c, "SD-1", "s2");
+    c.batch_execute("COMMIT").unwrap();
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn a_published_table_without_an_identity_is_not_updated() {
+    let (db, mut c) = coordinated();
+    granted(&mut c, "SD-1", "s1");
+    db.connect()
+        .batch_execute(
+            "ALTER TABLE sd_claims REPLICA IDENTITY NOTHING; CREATE PUBLICATION p FOR TABLE sd_claims",
+        )
+        .unwrap();
+    let error = c.query("SELECT release_sd('s1')", &[]).unwrap_err();
+    assert_eq!(sqlstate(&error), "55000");
+    c.batch_execute("DROP PUBLICATION p").unwrap();
+    release(&mut c, "s1");
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn nothing_is_written_in_a_transaction_that_may_not() {
+    let (_db, mut c) = coordinated();
+    granted(&mut c, "SD-1", "s1");
+    c.batch_execute("SET default_transaction_read_only = on").unwrap();
+    for call in ["claim_sd('SD-2', 's2')", "release_sd('s1')", "update_session_heartbeat('s1')"] {
+        let error = c.query(&format!("SELECT {call}"), &[]).unwrap_err();
+        assert_eq!(sqlstate(&error), "25006", "{call}");
+    }
+    c.batch_execute("SET default_transaction_read_only = off").unwrap();
+    assert_in_step(&mut c);
+}
