@@ -1,6 +1,6 @@
 //! pg_claims: exclusive claims, leases and heartbeats for sessions that share one backlog.
 //!
-//! `core` (a crate of its own, without PostgreSQL) holds the rules, `spi` all SQL text, `api` the
+//! `core` (a crate of its own, without PostgreSQL) holds the rules, `spi` all SQL text and the tables, `api` the
 //! functions that SQL sees, `trigger` the triggers, `board` the heartbeats in shared memory. `api` and
 //! `trigger` call `spi`, `spi` uses `board` and `core`; nothing points back up.
 

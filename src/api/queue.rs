@@ -82,10 +82,6 @@ fn claim_next(db: &Db<'_>, session_id: &str, track: Option<&str>) -> Result<Resu
             avoided.clear();
             continue;
         };
-        if !queue::is_unblocked(db, &choice.sd_id, track)? {
-            passed.push(choice.sd_id);
-            continue;
-        }
         let request = Request {
             sd_id: &choice.sd_id,
             session_id,

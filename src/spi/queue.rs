@@ -137,6 +137,10 @@ fn choose(c: &Catalog, condition: &str) -> String {
     // The row that is locked may be newer than the snapshot; then it must still say that the same
     // session works on it, and that it is not finished.
     let mut still = vec![format!("NOT {}", b.is_terminal())];
+    // And that it waits for the same ones, on the same track. What becomes of those meanwhile counts as
+    // having come after the claim.
+    still.push(format!("{} IS NOT DISTINCT FROM q.dependencies", b.dependencies(&c.schema)));
+    still.push(format!("{} IS NOT DISTINCT FROM q.track", b.text(&b.columns.track)));
     for (column, seen) in [
         (&b.columns.is_working_on, "COALESCE(b.{}, false) = q.is_working_on"),
         (&b.columns.active_session_id, "b.{} IS NOT DISTINCT FROM q.active_session_id"),
@@ -149,7 +153,7 @@ fn choose(c: &Catalog, condition: &str) -> String {
     // the queue in its order from the head. Otherwise it might judge all SDs first and then sort.
     format!(
         "SELECT locked.sd_id, q.title, q.track
-           FROM (SELECT q.sd_id, q.title, q.track, q.is_working_on, q.active_session_id
+           FROM (SELECT q.sd_id, q.title, q.track, q.dependencies, q.is_working_on, q.active_session_id
                    FROM {x}.v_sd_queue q
                   WHERE q.eligibility = 'available' AND q.sd_id <> ALL ($1) AND {condition}
                   ORDER BY q.priority_order, q.rank, q.created_at, q.sd_id
@@ -189,24 +193,6 @@ pub fn next(db: &Db<'_>, among: Among<'_>, passed: &[String]) -> Result<Option<C
         title: row.text(2)?,
         track: row.text(3)?,
     }))
-}
-
-static UNBLOCKED: Statement = Statement::new(
-    |c| {
-        format!(
-            "SELECT 1 FROM {x}.v_directives d
-              WHERE d.sd_id = $1 AND ($2 IS NULL OR d.track = $2)
-                AND NOT EXISTS (SELECT FROM {x}.sd_blockers(d.sd_id, d.dependencies))",
-            x = c.schema
-        )
-    },
-    &[TEXTOID, TEXTOID],
-);
-
-/// Whether an SD still waits for no other, and is on the track, on a snapshot that is younger than its
-/// lock. The rest of what makes an SD eligible, a claim looks at by itself.
-pub fn is_unblocked(db: &Db<'_>, sd_id: &str, track: Option<&str>) -> Result<bool> {
-    Ok(!db.run_by_index(&UNBLOCKED, &[sd_id.into(), track.into()])?.is_empty())
 }
 
 // Reads the last acquisitions by their primary key. That of an SD which none of them follows is its

@@ -2,16 +2,14 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::ffi::CStr;
 
 use pgrx::Spi;
 use pgrx::datum::DatumWithOid;
-use pgrx::pg_sys::{BuiltinOid, PgOid};
+use pgrx::pg_sys::{self, BuiltinOid, PgOid};
 use pgrx::spi::{OwnedPreparedStatement, SpiClient, SpiTupleTable};
 
 use super::catalog::{self, Catalog};
 use crate::error::{ClaimError, Result};
-use crate::local_settings::LocalSettings;
 use crate::worker::wake;
 
 /// A statement: its text, which depends on where the extension and its backlog are, and the types
@@ -50,7 +48,35 @@ pub(super) fn forget_plans() {
     PLANS.with_borrow_mut(HashMap::clear);
 }
 
-const BY_INDEX: (&CStr, &CStr) = (c"enable_seqscan", c"off");
+/// Has the planner use indexes until it is dropped, on an error as well. By the variables that it reads and not
+/// by their settings, which take longer to change than many a statement takes.
+struct ByIndex {
+    seqscan: bool,
+    jit: bool,
+}
+
+impl ByIndex {
+    /// Begins; also without compiling, if `uncompiled`.
+    fn new(uncompiled: bool) -> Self {
+        // SAFETY: variables of this process's, which the planner only reads.
+        unsafe {
+            let before = Self { seqscan: pg_sys::enable_seqscan, jit: pg_sys::jit_enabled };
+            pg_sys::enable_seqscan = false;
+            pg_sys::jit_enabled &= !uncompiled;
+            before
+        }
+    }
+}
+
+impl Drop for ByIndex {
+    fn drop(&mut self) {
+        // SAFETY: as above.
+        unsafe {
+            pg_sys::enable_seqscan = self.seqscan;
+            pg_sys::jit_enabled = self.jit;
+        }
+    }
+}
 
 /// A connection to the server's programming interface.
 pub struct Db<'conn> {
@@ -93,7 +119,7 @@ impl Db<'_> {
             }
         };
         let is_deciding = kept.runs.get() < DECIDING_RUNS;
-        let _by_index = is_deciding.then(|| LocalSettings::new(&[BY_INDEX]));
+        let _by_index = is_deciding.then(|| ByIndex::new(false));
         if is_deciding {
             kept.runs.set(kept.runs.get() + 1);
         }
@@ -109,7 +135,7 @@ impl Db<'_> {
         statement: &'static Statement,
         arguments: &[DatumWithOid<'_>],
     ) -> Result<SpiTupleTable<'_>> {
-        let _by_index = LocalSettings::new(&[BY_INDEX, (c"jit", c"off")]);
+        let _by_index = ByIndex::new(true);
         self.run(statement, arguments)
     }
 

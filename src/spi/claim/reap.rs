@@ -97,7 +97,7 @@ pub fn scan(db: &Db<'_>, policy: Policy, after: i64, limit: i32) -> Result<Vec<C
         limit.into(),
         max_age.into(),
     ];
-    let mut rows = db.run(&SCAN, &arguments)?;
+    let mut rows = db.run_by_index(&SCAN, &arguments)?;
     let mut candidates = Vec::new();
     while rows.next().is_some() {
         candidates.push(Candidate {
