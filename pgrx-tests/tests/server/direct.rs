@@ -1,6 +1,6 @@
 //! The extension writes its own tables directly only as long as nobody can tell the difference.
 
-use pg_claims_tests::sqlstate;
+use pg_claims_tests::{json, sqlstate};
 
 use crate::support::*;
 
@@ -39,6 +39,37 @@ fn a_trigger_that_comes_later_is_fired_from_then_on() {
         assert_eq!(count(&mut c, &format!("SELECT count(*) FROM seen_{table}")), 0);
     }
     assert_in_step(&mut c);
+}
+
+#[test]
+fn any_one_of_the_tables_may_have_a_trigger() {
+    for table in TABLES {
+        let (db, mut c) = coordinated();
+        db.connect()
+            .batch_execute(&format!(
+                "CREATE TABLE seen (what text);
+                 CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS
+                     $$ BEGIN INSERT INTO public.seen VALUES (TG_OP); RETURN NULL; END $$;
+                 CREATE TRIGGER see AFTER INSERT OR UPDATE ON {table}
+                     FOR EACH ROW EXECUTE FUNCTION see()"
+            ))
+            .unwrap();
+        granted(&mut c, "SD-1", "s1");
+        granted(&mut c, "SD-2", "s1");
+        assert_eq!(release(&mut c, "s1")["success"], true, "{table}");
+        granted(&mut c, "SD-3", "s1");
+        age_heartbeat(&mut c, "s1", "1 hour");
+        granted(&mut c, "SD-3", "s2");
+        age_heartbeat(&mut c, "s2", "1 hour");
+        let reaped = json(&mut c, "SELECT cleanup_stale_sessions()", &[]);
+        assert_eq!(reaped["success"], true, "{table}: {reaped}");
+        assert!(count(&mut c, "SELECT count(*) FROM seen") >= 6, "{table}");
+        assert_eq!(
+            count(&mut c, "SELECT count(*) FROM claude_sessions WHERE sd_id IS NOT NULL"),
+            0
+        );
+        assert_in_step(&mut c);
+    }
 }
 
 #[test]

@@ -18,25 +18,24 @@ thread_local! {
     static OPENING: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Whether this backend is opening or discarding an acquisition right now; the trigger that keeps
+/// Whether this backend is opening, closing or discarding an acquisition right now; the trigger that keeps
 /// others from doing so asks.
 pub fn is_opening() -> bool {
     OPENING.get()
 }
 
 /// Lets this backend write open acquisitions until it is dropped, on an error as well.
-struct Opening;
+struct Opening(bool);
 
 impl Opening {
     fn new() -> Self {
-        OPENING.set(true);
-        Self
+        Self(OPENING.replace(true))
     }
 }
 
 impl Drop for Opening {
     fn drop(&mut self) {
-        OPENING.set(false);
+        OPENING.set(self.0);
     }
 }
 
@@ -220,6 +219,8 @@ pub fn close(
         pgrx::check_for_interrupts!();
         let table = Table::to_write(db, Name::Claims)?;
         if !table.may_be_written() {
+            // What was written directly comes without the trigger's depth.
+            let _opening = Opening::new();
             db.run(&CLOSE, &[claim_id.into(), at.into(), reason.into(), taken_over_by.into()])?;
             return Ok(());
         }

@@ -18,7 +18,8 @@ pub fn is_in_use(catalog: &Catalog) -> bool {
 pub fn find(db: &Db<'_>, sd_id: &str) -> Result<Option<Found>> {
     let catalog = db.catalog()?;
     let table = Table::to_read(db, Name::Directives)?;
-    let Some(row) = table.find(&Snapshot::take(), column::BY_SD_ID, Key::Text(sd_id)) else {
+    let snapshot = Snapshot::take();
+    let Some(row) = table.find(&snapshot, column::BY_SD_ID, Key::Text(sd_id)) else {
         return Ok(None);
     };
     let status = row.text(column::STATUS)?;

@@ -35,7 +35,9 @@ pub fn holder(db: &Db<'_>, sd_id: &str) -> Result<Option<Session>> {
 
 fn find_by(db: &Db<'_>, index: Index, key: &str) -> Result<Option<Session>> {
     let table = Table::to_read(db, Name::Sessions)?;
-    let found = table.find(&Snapshot::take(), index, Key::Text(key));
+    // Kept until the row has been read.
+    let snapshot = Snapshot::take();
+    let found = table.find(&snapshot, index, Key::Text(key));
     found.map(|row| Session::read(&row)).transpose()
 }
 
