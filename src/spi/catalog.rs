@@ -5,7 +5,7 @@
 //! the tables concerned has changed.
 
 use std::cell::{Cell, RefCell};
-use std::ffi::CStr;
+use std::ffi::{CStr, c_void};
 use std::rc::Rc;
 
 use pgrx::pg_sys;
@@ -14,6 +14,7 @@ use super::directive::{Backlog, Columns};
 use super::row::Row;
 use super::statement::{self, Db, required};
 use super::table::{AllKnown, Known, Name};
+use super::time;
 use crate::error::{ClaimError, Result};
 
 /// Where the extension and its backlog are.
@@ -58,6 +59,10 @@ impl Catalog {
 thread_local! {
     static CURRENT: RefCell<Option<Rc<Catalog>>> = const { RefCell::new(None) };
     static CHANGED: Cell<bool> = const { Cell::new(true) };
+    /// How often one of the relations has changed, as far as this backend has heard.
+    static CHANGES: Cell<u64> = const { Cell::new(0) };
+    /// Whether the catalogue was read on a snapshot that a transaction keeps.
+    static IS_OLD: Cell<bool> = const { Cell::new(false) };
     /// All invalid while the catalogue is being read: then every change counts.
     static WATCHED: Cell<Watched> = const { Cell::new(UNKNOWN) };
 }
@@ -68,6 +73,7 @@ pub fn watch() {
     // is never unloaded, and do nothing but set a flag.
     unsafe {
         pg_sys::CacheRegisterRelcacheCallback(Some(relation_changed), pg_sys::Datum::null());
+        pg_sys::RegisterXactCallback(Some(transaction_ends), std::ptr::null_mut());
         pg_sys::CacheRegisterSyscacheCallback(
             pg_sys::SysCacheIdentifier::NAMESPACEOID as i32,
             Some(schema_changed),
@@ -83,7 +89,21 @@ extern "C-unwind" fn relation_changed(_: pg_sys::Datum, relation: pg_sys::Oid) {
     let any = pg_sys::Oid::INVALID;
     if relation == any || watched == UNKNOWN || watched.contains(&relation) {
         CHANGED.set(true);
+        CHANGES.set(CHANGES.get() + 1);
     }
+}
+
+unsafe extern "C-unwind" fn transaction_ends(event: pg_sys::XactEvent::Type, _: *mut c_void) {
+    use pg_sys::XactEvent::{XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PREPARE};
+    let ends = [XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PREPARE];
+    if ends.contains(&event) && IS_OLD.replace(false) {
+        CHANGED.set(true);
+    }
+}
+
+/// How often one of the relations has changed, as far as this backend has heard.
+pub fn changes() -> u64 {
+    CHANGES.get()
 }
 
 extern "C-unwind" fn schema_changed(_: pg_sys::Datum, _: i32, _: u32) {
@@ -104,7 +124,12 @@ pub fn current(db: &Db<'_>) -> Result<Rc<Catalog>> {
     CHANGED.set(false);
     WATCHED.set(UNKNOWN);
     match read(db) {
-        Ok(catalog) => Ok(adopt(catalog)),
+        Ok(catalog) => {
+            // Read on a snapshot that may be older than the change that it was read for: it is read
+            // again after the transaction.
+            IS_OLD.set(time::has_transaction_snapshot());
+            Ok(adopt(catalog))
+        }
         Err(error) => {
             CHANGED.set(true);
             Err(error)

@@ -2,6 +2,7 @@
 
 use pg_claims_tests::{json, sqlstate};
 
+use crate::queue::texts;
 use crate::support::*;
 
 const TABLES: [&str; 4] =
@@ -108,6 +109,51 @@ fn a_column_that_comes_later_keeps_its_default_and_its_values() {
         assert_eq!(notes(&mut c, table), Some("made".into()), "{table}");
     }
     assert_in_step(&mut c);
+}
+
+#[test]
+fn a_column_that_must_not_be_null_later_is_not() {
+    let (db, mut c) = coordinated();
+    granted(&mut c, "SD-1", "s1");
+    db.connect()
+        .batch_execute(
+            "UPDATE claude_sessions SET track = 'none'; ALTER TABLE claude_sessions ALTER track SET NOT NULL",
+        )
+        .unwrap();
+    let error = c.query("SELECT claim_sd('SD-2', 's2')", &[]).unwrap_err();
+    assert_eq!(sqlstate(&error), "23502");
+}
+
+#[test]
+fn an_index_that_a_transaction_s_snapshot_does_not_show_is_written_all_the_same() {
+    let (db, mut c) = coordinated();
+    for isolation in ["REPEATABLE READ", "SERIALIZABLE"] {
+        let mut late = db.connect();
+        late.batch_execute(&format!("BEGIN ISOLATION LEVEL {isolation}; SELECT 1")).unwrap();
+        c.batch_execute("DROP INDEX IF EXISTS late; CREATE INDEX late ON claude_sessions (track)")
+            .unwrap();
+        late.batch_execute("SELECT claim_sd('SD-1', 's1', 'in'); COMMIT").unwrap();
+        late.batch_execute("SELECT claim_sd('SD-2', 's2', 'after')").unwrap();
+        c.batch_execute("SET enable_seqscan = off").unwrap();
+        let found = texts(
+            &mut c,
+            "SELECT session_id FROM claude_sessions WHERE track IN ('in', 'after') ORDER BY 1",
+        );
+        assert_eq!(found, ["s1", "s2"], "{isolation}");
+        for session in ["s1", "s2"] {
+            release(&mut c, session);
+        }
+    }
+}
+
+#[test]
+fn a_table_that_was_emptied_since_it_was_read_is_empty() {
+    let (_db, mut c) = coordinated();
+    c.batch_execute("BEGIN").unwrap();
+    beat(&mut c, "s1");
+    c.batch_execute("TRUNCATE claude_sessions").unwrap();
+    assert_eq!(beat(&mut c, "s1")["error"], "session_not_found");
+    c.batch_execute("COMMIT").unwrap();
 }
 
 #[test]

@@ -117,7 +117,9 @@ const LOOK: &str = "
                        'is_partial', x.indpred IS NOT NULL,
                        'is_simple', i.relam = 403 AND x.indexprs IS NULL AND x.indimmediate))
               FROM pg_catalog.pg_index x JOIN pg_catalog.pg_class i ON i.oid = x.indexrelid
-             WHERE x.indrelid = c.oid AND x.indisready)
+             WHERE x.indrelid = c.oid AND x.indisready),
+           ARRAY(SELECT a.attname::text FROM pg_catalog.pg_attribute a
+                  WHERE a.attrelid = c.oid AND a.attnum > 0 AND a.attnotnull)
       FROM pg_catalog.pg_class c WHERE c.oid = ANY ($1)";
 
 impl Known {
@@ -132,7 +134,7 @@ impl Known {
                 required(row.get::<Vec<String>>(position)?, "pg_class")
             };
             let (columns, checks, triggers) = (list(3)?, list(4)?, list(5)?);
-            let computed = list(7)?;
+            let (computed, not_null) = (list(7)?, list(9)?);
             let is_plain = row.get::<bool>(6)?.unwrap_or(false);
             for name in Name::ALL {
                 let layout = name.layout();
@@ -143,6 +145,7 @@ impl Known {
                 let is_as_made = is_plain
                     && columns.len() == layout.columns.len()
                     && computed.iter().all(|index| layout.computed.contains(&index.as_str()))
+                    && same_names(&not_null, layout.not_null)
                     && same_names(&checks, layout.checks)
                     && same_names(&triggers, layout.triggers);
                 let key = layout.key_column();

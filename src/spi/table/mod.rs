@@ -23,6 +23,7 @@ use pgrx::pg_sys;
 
 use super::catalog::{self, Catalog};
 use super::statement::Db;
+use super::time;
 use crate::error::{ClaimError, Result};
 use layout::Layout;
 
@@ -105,9 +106,12 @@ impl Table {
     /// `None` where it is known no more, because it was changed meanwhile.
     fn open_as_known(catalog: &Rc<Catalog>, name: Name, mode: u32) -> Option<Self> {
         let known = Rc::clone(catalog.table(name)?);
-        // SAFETY: raises an error if there is no such table; closed on drop, or by the server when the
+        // SAFETY: null if there is no such table any more; closed on drop, or by the server when the
         // transaction aborts.
-        let relation = unsafe { pg_sys::table_open(known.oid, mode as pg_sys::LOCKMODE) };
+        let relation = unsafe { pg_sys::try_relation_open(known.oid, mode as pg_sys::LOCKMODE) };
+        if relation.is_null() {
+            return None;
+        }
         let table = Self { known, relation };
         // Whoever was waited for may have changed it; from here on nobody can.
         catalog::known().is_some_and(|now| Rc::ptr_eq(&now, catalog)).then_some(table)
@@ -123,7 +127,10 @@ impl Table {
     pub fn may_be_written(&self) -> bool {
         // SAFETY: reads a variable of this process's.
         let role = unsafe { pg_sys::SessionReplicationRole };
-        self.known.is_as_made && role != pg_sys::SESSION_REPLICATION_ROLE_REPLICA as i32
+        self.known.is_as_made
+            // What was read in such a transaction may be older than the table.
+            && !time::has_transaction_snapshot()
+            && role != pg_sys::SESSION_REPLICATION_ROLE_REPLICA as i32
     }
 }
 
@@ -132,7 +139,7 @@ impl Drop for Table {
         // After an error the abort of the transaction or savepoint does it.
         if !std::thread::panicking() {
             // SAFETY: opened by `open`, and closed once. Keeps the lock.
-            unsafe { pg_sys::table_close(self.relation, pg_sys::NoLock as pg_sys::LOCKMODE) };
+            unsafe { pg_sys::relation_close(self.relation, pg_sys::NoLock as pg_sys::LOCKMODE) };
         }
     }
 }

@@ -11,6 +11,7 @@ use std::ffi::c_void;
 use pgrx::pg_sys;
 
 use super::Key;
+use crate::spi::catalog;
 
 /// So many places are remembered at most.
 const MOST: usize = 16;
@@ -19,6 +20,8 @@ struct Place {
     table: pg_sys::Oid,
     key: Owned,
     at: pg_sys::ItemPointerData,
+    /// How often the tables had changed: this transaction itself may empty or rewrite one.
+    changes: u64,
 }
 
 #[derive(PartialEq)]
@@ -54,18 +57,21 @@ pub fn init() {
 /// Where the row was last.
 pub fn recall(table: pg_sys::Oid, key: Key<'_>) -> Option<pg_sys::ItemPointerData> {
     PLACES.with_borrow(|places| {
-        places.iter().find(|place| place.table == table && place.key.is(key)).map(|place| place.at)
+        let place = places.iter().find(|place| place.table == table && place.key.is(key))?;
+        (place.changes == catalog::changes()).then_some(place.at)
     })
 }
 
 /// Remembers where the row is.
 pub fn remember(table: pg_sys::Oid, key: Key<'_>, at: pg_sys::ItemPointerData) {
     IS_USED.set(true);
+    let changes = catalog::changes();
     PLACES.with_borrow_mut(|places| {
         if let Some(place) =
             places.iter_mut().find(|place| place.table == table && place.key.is(key))
         {
             place.at = at;
+            place.changes = changes;
             return;
         }
         if places.len() >= MOST {
@@ -75,7 +81,7 @@ pub fn remember(table: pg_sys::Oid, key: Key<'_>, at: pg_sys::ItemPointerData) {
             Key::Text(text) => Owned::Text(text.to_owned()),
             Key::Bigint(number) => Owned::Bigint(number),
         };
-        places.push(Place { table, key, at });
+        places.push(Place { table, key, at, changes });
     });
 }
 
