@@ -120,19 +120,43 @@ pub fn current(db: &Db<'_>) -> Result<Rc<Catalog>> {
     if let Some(current) = known() {
         return Ok(current);
     }
-    // Reset first: a change that arrives while reading must not be lost.
-    CHANGED.set(false);
+    // Reset first: a change that arrives while reading must not be lost. And set again, also by an error
+    // that unwinds, unless all of it has been read.
+    let reading = Reading::new();
     WATCHED.set(UNKNOWN);
     match read(db) {
         Ok(catalog) => {
             // Read on a snapshot that may be older than the change that it was read for: it is read
             // again after the transaction.
             IS_OLD.set(time::has_transaction_snapshot());
-            Ok(adopt(catalog))
+            let catalog = adopt(catalog);
+            reading.done();
+            Ok(catalog)
         }
-        Err(error) => {
+        Err(error) => Err(error),
+    }
+}
+
+/// The catalogue is being read; what this backend knew of it counts no more until that is done.
+struct Reading {
+    is_done: bool,
+}
+
+impl Reading {
+    fn new() -> Self {
+        CHANGED.set(false);
+        Self { is_done: false }
+    }
+
+    fn done(mut self) {
+        self.is_done = true;
+    }
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        if !self.is_done {
             CHANGED.set(true);
-            Err(error)
         }
     }
 }
@@ -189,7 +213,7 @@ fn read(db: &Db<'_>) -> Result<Catalog> {
                    AND (c.relname = 'strategic_directives_v2'
                         OR EXISTS (SELECT FROM pg_catalog.pg_trigger t
                                     WHERE t.tgrelid = c.oid AND t.tgname = 'pg_claims_finished'))),
-               n.oid
+               n.oid, e.extowner
           FROM pg_catalog.pg_extension e
           JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace
          WHERE e.extname = 'pg_claims'";
@@ -200,6 +224,7 @@ fn read(db: &Db<'_>) -> Result<Catalog> {
     let row = rows.first();
     let oid = |position| -> Result<Option<pg_sys::Oid>> { Ok(row.get(position)?) };
     let extension = required(oid(1)?, "pg_extension")?;
+    let extension_owner = required(oid(8)?, "pg_extension")?;
     let schema = row.required_text(2, "pg_namespace")?;
     let sd_claims = required(oid(3)?, "sd_claims")?;
     let sessions = required(oid(4)?, "claude_sessions")?;
@@ -223,7 +248,12 @@ fn read(db: &Db<'_>) -> Result<Catalog> {
     let tables = Known::look(db, oids)?;
     let is_own_backlog_in_use = tables[Name::Directives as usize].is_some()
         && backlog.as_ref().is_some_and(|backlog| {
-            Some(backlog.table_oid) == own_backlog && backlog.columns == Columns::own()
+            Some(backlog.table_oid) == own_backlog
+                && backlog.columns == Columns::own()
+                // Written directly it is written with the extension's rights: not where it is another
+                // role's, which may have put code of its own into an index of any name.
+                && backlog.owner == extension_owner
+                && backlog.usable().is_ok()
         });
     let mut watched = [view, bound].into_iter().chain(oids);
     Ok(Catalog {

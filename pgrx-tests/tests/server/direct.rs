@@ -284,3 +284,34 @@ fn nothing_is_written_in_a_transaction_that_may_not() {
     c.batch_execute("SET default_transaction_read_only = off").unwrap();
     assert_in_step(&mut c);
 }
+
+#[test]
+fn code_in_an_index_of_another_owner_s_backlog_never_runs_with_the_extension_s_rights() {
+    let (db, mut c) = coordinated();
+    let owner = db.role("owner");
+    json(&mut c, "SELECT grant_coordination($1, 'operator')", &[&owner]);
+    c.batch_execute(&format!(
+        "GRANT CREATE ON SCHEMA public TO {owner}; ALTER TABLE strategic_directives_v2 OWNER TO {owner};
+         CREATE SCHEMA theirs AUTHORIZATION {owner}"
+    ))
+    .unwrap();
+    let mut o = db.connect_as(&owner);
+    register(&mut o, "mine");
+    granted(&mut o, "SD-1", "mine");
+    // Under the name of one of the extension's own.
+    o.batch_execute(
+        "CREATE TABLE theirs.seen (who text);
+         CREATE FUNCTION theirs.note() RETURNS text LANGUAGE plpgsql AS
+         $$ BEGIN INSERT INTO theirs.seen VALUES (current_user); RETURN 'x'; END $$;
+         CREATE FUNCTION theirs.f(text) RETURNS text LANGUAGE plpgsql IMMUTABLE AS
+         $$ BEGIN RETURN (SELECT theirs.note()) || $1; END $$;
+         DROP INDEX strategic_directives_v2_queue_idx;
+         CREATE INDEX strategic_directives_v2_queue_idx ON strategic_directives_v2 (theirs.f(active_session_id));
+         DELETE FROM theirs.seen",
+    )
+    .unwrap();
+    // Whether it is done or refused.
+    let released = o.query("SELECT release_sd('mine')", &[]);
+    let strangers = format!("SELECT count(*) FROM theirs.seen WHERE who <> '{owner}'");
+    assert_eq!(count(&mut c, &strangers), 0, "{released:?}");
+}

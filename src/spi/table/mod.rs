@@ -93,6 +93,7 @@ impl Table {
 
     fn open(db: &Db<'_>, name: Name, mode: u32) -> Result<Self> {
         loop {
+            pgrx::check_for_interrupts!();
             let catalog = db.catalog()?;
             if catalog.table(name).is_none() {
                 return Err(ClaimError::Corrupt { what: name.layout().name });
