@@ -111,7 +111,7 @@ fn beat_directly(
         let before = row.required_instant(column::HEARTBEAT_AT, "claude_sessions.heartbeat_at")?;
         let heartbeat_at = before.max(time::now());
         let new = NewRow::default().set(column::HEARTBEAT_AT, time::to_server(heartbeat_at)?);
-        if !table.update(&snapshot, &row, &new)? {
+        if !table.update(&snapshot, &row, &new) {
             continue;
         }
         let beat = Beat {

@@ -13,6 +13,7 @@ use pg_claims_core::queue::Shortage;
 use pgrx::pg_sys::BuiltinOid::{INT8OID, TEXTARRAYOID, TEXTOID};
 
 use super::catalog::{self, Catalog};
+use super::claim::reap::REAPED;
 use super::row::Row;
 use super::session::{self, Session};
 use super::statement::{Db, Statement, required};
@@ -20,9 +21,6 @@ use crate::error::Result;
 
 /// How many acquisitions affinity looks back at: those that were made last, whoever made them.
 const REMEMBERED: usize = 200;
-
-/// The reason that the reaper records.
-const REAPED: &str = "reaped";
 
 /// For how long a connection passes over an SD whose claim failed with an error, such as a trigger of the
 /// backlog's own: one bad SD must not keep everybody from the rest.

@@ -15,6 +15,7 @@ mod database;
 mod launcher;
 mod process;
 mod round;
+mod step;
 pub mod wake;
 
 use std::ffi::CStr;

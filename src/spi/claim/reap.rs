@@ -158,7 +158,7 @@ impl Drop for Reaping {
 }
 
 /// The reasons recorded for a claim that the reaper ended.
-const REAPED: &str = "reaped";
+pub const REAPED: &str = "reaped";
 const TOO_OLD: &str = "max_claim_age";
 
 /// Ends the claim if it is still due.

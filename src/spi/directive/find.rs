@@ -34,7 +34,7 @@ pub fn find(db: &Db<'_>, key: &str) -> Result<Option<Found>> {
     if let Some(backlog) = &catalog.backlog {
         backlog.usable()?;
     }
-    if own::is_in_use(&catalog) {
+    if catalog.is_own_backlog_in_use {
         return own::find(db, key);
     }
     let Some(row) = db.first_row(&FIND, &[key.into()])? else {

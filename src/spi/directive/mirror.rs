@@ -97,7 +97,7 @@ pub fn lock(db: &Db<'_>, mut sd_ids: Vec<String>) -> Result<Vec<String>> {
     catalog::lock_backlog(db)?;
     sd_ids.sort();
     let mut locked = Vec::with_capacity(sd_ids.len());
-    let is_own = own::is_in_use(&*db.catalog()?);
+    let is_own = db.catalog()?.is_own_backlog_in_use;
     for sd_id in sd_ids {
         let is_locked = if is_own {
             matches!(own::lock(db, &sd_id, Wait::Block)?, Lock::Held(_))
@@ -137,7 +137,7 @@ static EXISTS: Statement = Statement::new(
 /// backlog does not have cannot be written by anybody.
 pub fn try_lock(db: &Db<'_>, sd_id: &str) -> Result<bool> {
     catalog::lock_backlog(db)?;
-    if own::is_in_use(&*db.catalog()?) {
+    if db.catalog()?.is_own_backlog_in_use {
         return Ok(!matches!(own::lock(db, sd_id, Wait::Skip)?, Lock::Busy));
     }
     Ok(run_as_owner(db, &TRY_LOCK, &[sd_id.into()])? > 0
@@ -179,7 +179,7 @@ impl Drop for Syncing {
 
 /// Makes the backlog say that `session_id` works on the SD, or nobody.
 pub(super) fn sync(db: &Db<'_>, sd_id: &str, session_id: Option<&str>) -> Result<()> {
-    if own::is_in_use(&*db.catalog()?) && own::sync(db, sd_id, session_id)? {
+    if db.catalog()?.is_own_backlog_in_use && own::sync(db, sd_id, session_id)? {
         return Ok(());
     }
     let _syncing =

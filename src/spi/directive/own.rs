@@ -1,18 +1,12 @@
 //! The extension's own backlog, found and written directly.
 
 use crate::error::Result;
-use crate::spi::catalog::Catalog;
 use crate::spi::row::Row;
 use crate::spi::statement::Db;
 use crate::spi::table::layout::directives as column;
 use crate::spi::table::{Key, Lock, Name, NewRow, Snapshot, Table, Wait};
 
 use super::Found;
-
-/// Whether it is the backlog in use, with its own columns.
-pub fn is_in_use(catalog: &Catalog) -> bool {
-    catalog.is_own_backlog_in_use
-}
 
 /// The SD of that id.
 pub fn find(db: &Db<'_>, sd_id: &str) -> Result<Option<Found>> {
@@ -67,7 +61,7 @@ pub fn sync(db: &Db<'_>, sd_id: &str, session_id: Option<&str>) -> Result<bool> 
         let new = NewRow::default()
             .set(column::IS_WORKING_ON, session_id.is_some())
             .set(column::ACTIVE_SESSION_ID, session_id);
-        if table.update(&snapshot, &row, &new)? {
+        if table.update(&snapshot, &row, &new) {
             return Ok(true);
         }
     }

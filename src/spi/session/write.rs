@@ -36,7 +36,7 @@ pub fn change(
         let Some(new) = change(&old) else {
             return Ok(None);
         };
-        if table.update(&snapshot, &row, &new.written()?)? {
+        if table.update(&snapshot, &row, &new.written()?) {
             follow(db, &old, &new)?;
             return Ok(Some(new));
         }
@@ -97,7 +97,7 @@ impl Held {
         if !self.table.may_be_written() {
             return write_by_statement(db, &self.session, new);
         }
-        if !self.table.update(&self.snapshot, &self.row, &new.written()?)? {
+        if !self.table.update(&self.snapshot, &self.row, &new.written()?) {
             // Nobody else can have changed it.
             return Err(ClaimError::Corrupt { what: "claude_sessions" });
         }

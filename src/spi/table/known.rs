@@ -115,7 +115,8 @@ const LOOK: &str = "
                        'columns', pg_catalog.string_to_array(x.indkey::text, ' ')::integer[],
                        'is_unique', x.indisunique, 'is_primary', x.indisprimary,
                        'is_partial', x.indpred IS NOT NULL,
-                       'is_simple', i.relam = 403 AND x.indexprs IS NULL AND x.indimmediate))
+                       'is_simple', i.relam = 403 AND x.indexprs IS NULL AND x.indimmediate
+                                    AND NOT x.indisexclusion))
               FROM pg_catalog.pg_index x JOIN pg_catalog.pg_class i ON i.oid = x.indexrelid
              WHERE x.indrelid = c.oid AND x.indisready),
            ARRAY(SELECT a.attname::text FROM pg_catalog.pg_attribute a
@@ -141,7 +142,7 @@ impl Known {
                 if oids[name as usize] != found || !has_columns(layout, &columns) {
                     continue;
                 }
-                let Some(indexes) = indexes(layout, schema) else { continue };
+                let Some(indexes) = indexes(layout, found, schema) else { continue };
                 let is_as_made = is_plain
                     && columns.len() == layout.columns.len()
                     && computed.iter().all(|index| layout.computed.contains(&index.as_str()))
@@ -177,12 +178,28 @@ fn has_columns(layout: &Layout, columns: &[String]) -> bool {
     columns.len() >= layout.columns.len() && made.zip(columns).all(|(made, is)| made == *is)
 }
 
-fn indexes(layout: &Layout, schema: pg_sys::Oid) -> Option<Vec<pg_sys::Oid>> {
-    let find = |name: &&str| {
+/// The indexes by which the table is read, whatever snapshot the transaction keeps: each by its name, and only
+/// while it can be relied on. One that is being built under that name misses rows.
+fn indexes(layout: &Layout, table: pg_sys::Oid, schema: pg_sys::Oid) -> Option<Vec<pg_sys::Oid>> {
+    let find = |(name, column): &(&str, &str)| {
         let name = CString::new(*name).ok()?;
-        // SAFETY: looks the name up in the catalogue; invalid where there is none.
-        let index = unsafe { pg_sys::get_relname_relid(name.as_ptr(), schema) };
-        (index != pg_sys::Oid::INVALID).then_some(index)
+        let column = i16::try_from(layout.position(column)?).ok()?;
+        // SAFETY: looks the name up in the catalogue; invalid where there is none. The entry is valid until it
+        // is given back, and an index has at least one column.
+        unsafe {
+            let index = pg_sys::get_relname_relid(name.as_ptr(), schema);
+            let cache = pg_sys::SysCacheIdentifier::INDEXRELID as i32;
+            let entry = pg_sys::SearchSysCache1(cache, index.into());
+            if entry.is_null() {
+                return None;
+            }
+            let form = &*pg_sys::GETSTRUCT(entry).cast::<pg_sys::FormData_pg_index>();
+            let is_sound = form.indisvalid
+                && form.indrelid == table
+                && form.indkey.values.as_slice(1)[0] == column;
+            pg_sys::ReleaseSysCache(entry);
+            is_sound.then_some(index)
+        }
     };
     layout.indexes.iter().map(find).collect()
 }

@@ -12,8 +12,9 @@ pub struct Layout {
     pub not_null: &'static [&'static str],
     /// The column that is its primary key, if it is read by that.
     pub key: Option<&'static str>,
-    /// Those of its indexes by which it is read; that of the primary key comes first.
-    pub indexes: &'static [&'static str],
+    /// Those of its indexes by which it is read, and the first column of each; that of the primary key
+    /// comes first.
+    pub indexes: &'static [(&'static str, &'static str)],
     /// Those of its indexes that are partial or on expressions.
     pub computed: &'static [&'static str],
     /// The triggers whose work a direct write does itself.
@@ -40,14 +41,18 @@ impl Layout {
 
     /// The primary key's position, if the table is read by it.
     pub(super) fn key_column(&self) -> Option<usize> {
-        let key = self.key?;
-        self.columns.iter().position(|(name, _)| *name == key).map(|at| at + 1)
+        self.key.and_then(|key| self.position(key))
+    }
+
+    /// A column's position as [`Layout::column`] has it, if there is one of that name.
+    pub(super) fn position(&self, column: &str) -> Option<usize> {
+        self.columns.iter().position(|(name, _)| *name == column).map(|at| at + 1)
     }
 
     /// Like [`Layout::column`].
     const fn index(&self, name: &str) -> Index {
         let mut at = 0;
-        while !is_same(self.indexes[at].as_bytes(), name.as_bytes()) {
+        while !is_same(self.indexes[at].0.as_bytes(), name.as_bytes()) {
             at += 1;
         }
         Index(at)
@@ -118,7 +123,10 @@ pub mod sessions {
             "owner_role",
         ],
         key: Some("session_id"),
-        indexes: &["claude_sessions_pkey", "idx_claude_sessions_unique_active_claim"],
+        indexes: &[
+            ("claude_sessions_pkey", "session_id"),
+            ("idx_claude_sessions_unique_active_claim", "sd_id"),
+        ],
         computed: &["idx_claude_sessions_unique_active_claim"],
         triggers: &[
             "claude_sessions_changed_trigger",
@@ -185,7 +193,7 @@ pub mod claims {
         ],
         not_null: &["claim_id", "sd_id", "session_id", "claimed_at"],
         key: Some("claim_id"),
-        indexes: &["sd_claims_pkey", "sd_claims_open_key"],
+        indexes: &[("sd_claims_pkey", "claim_id"), ("sd_claims_open_key", "sd_id")],
         computed: &["sd_claims_open_key"],
         triggers: &[
             "sd_claims_protect_insert_trigger",
@@ -274,7 +282,7 @@ pub mod holds {
         ],
         not_null: &["sd_id", "reason", "held_by", "held_at"],
         key: Some("sd_id"),
-        indexes: &["sd_holds_pkey"],
+        indexes: &[("sd_holds_pkey", "sd_id")],
         computed: &[],
         triggers: &[],
         checks: &[],
@@ -318,7 +326,10 @@ pub mod conflicts {
             "declared_by",
         ],
         key: None,
-        indexes: &["sd_conflict_matrix_open_key", "sd_conflict_matrix_open_b_idx"],
+        indexes: &[
+            ("sd_conflict_matrix_open_key", "sd_id_a"),
+            ("sd_conflict_matrix_open_b_idx", "sd_id_b"),
+        ],
         computed: &["sd_conflict_matrix_open_key", "sd_conflict_matrix_open_b_idx"],
         triggers: &[],
         checks: &["sd_conflict_matrix_order_check", "sd_conflict_matrix_severity_check"],
@@ -365,7 +376,7 @@ pub mod directives {
             "updated_at",
         ],
         key: Some("sd_id"),
-        indexes: &["strategic_directives_v2_pkey"],
+        indexes: &[("strategic_directives_v2_pkey", "sd_id")],
         computed: &["strategic_directives_v2_queue_idx", "strategic_directives_v2_parent_idx"],
         triggers: &[
             "pg_claims_deleted",

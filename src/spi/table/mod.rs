@@ -129,7 +129,8 @@ impl Table {
         // SAFETY: reads a variable of this process's.
         let role = unsafe { pg_sys::SessionReplicationRole };
         self.known.is_as_made
-            // What was read in such a transaction may be older than the table.
+            // What was read in such a transaction may be older than the table; and only a statement tells
+            // a claim that its snapshot does not show.
             && !time::has_transaction_snapshot()
             && role != pg_sys::SESSION_REPLICATION_ROLE_REPLICA as i32
     }

@@ -59,9 +59,12 @@ impl NewRow {
 
     /// Gives a numeric column a time in seconds, to the millisecond.
     pub fn set_seconds(mut self, position: usize, time: Option<TimeDelta>) -> Self {
-        // SAFETY: makes a number of its own.
-        let number = time
-            .map(|time| unsafe { pg_sys::int64_div_fast_to_numeric(time.num_milliseconds(), 3) });
+        const HALF: TimeDelta = TimeDelta::microseconds(500);
+        let number = time.map(|time| {
+            let milliseconds = (time + HALF).num_milliseconds();
+            // SAFETY: makes a number of its own.
+            unsafe { pg_sys::int64_div_fast_to_numeric(milliseconds, 3) }
+        });
         self.values.push((position, number.map(pg_sys::Datum::from)));
         self
     }
@@ -125,8 +128,7 @@ impl Table {
 
     /// Gives a row that was found some new values, unless another transaction has changed it since: then
     /// false. Waits for one that is just doing so.
-    pub fn update(&self, snapshot: &Snapshot, row: &TableRow, new: &NewRow) -> Result<bool> {
-        let keeps_snapshot = time::has_transaction_snapshot();
+    pub fn update(&self, snapshot: &Snapshot, row: &TableRow, new: &NewRow) -> bool {
         let written = self.empty_row();
         let mut failure = pg_sys::TM_FailureData::default();
         let mut lock_mode = pg_sys::LockTupleMode::LockTupleNoKeyExclusive;
@@ -156,17 +158,12 @@ impl Table {
             );
             (result, indexes)
         };
-        match result {
-            TM_Result::TM_Ok => {
-                // SAFETY: the slot holds the row as it was written.
-                unsafe { self.update_indexes(&written, indexes) };
-                Ok(true)
-            }
-            TM_Result::TM_Updated | TM_Result::TM_Deleted if keeps_snapshot => {
-                Err(ClaimError::Serialization)
-            }
-            _ => Ok(false),
+        if result != TM_Result::TM_Ok {
+            return false;
         }
+        // SAFETY: the slot holds the row as it was written.
+        unsafe { self.update_indexes(&written, indexes) };
+        true
     }
 
     /// Adds a row; columns without a value become NULL.
