@@ -3,10 +3,11 @@
 use pg_claims_core::frontier::{Frontier, Gap, Moment};
 use pg_claims_core::notice::Notice;
 use pgrx::pg_sys;
-use pgrx::pg_sys::BuiltinOid::{INT4OID, INT8ARRAYOID, INT8OID, TEXTARRAYOID};
+use pgrx::pg_sys::BuiltinOid::{INT4OID, INT8ARRAYOID, INT8OID, TEXTARRAYOID, TEXTOID};
 use pgrx::spi::SpiTupleTable;
 use pgrx::{IntoDatum, JsonB};
 
+use super::catalog::Catalog;
 use super::event::EventType;
 use super::row::Row;
 use super::statement::{Db, Statement, required};
@@ -31,32 +32,33 @@ static BEGIN: Statement = Statement::new(
     &[],
 );
 
-static PEEK: Statement = Statement::new(
-    |c| {
-        format!(
-            "SELECT scanned_to, gaps_first, gaps_last, gaps_before, announced_to
-               FROM {}.event_frontier",
-            c.schema
-        )
-    },
-    &[],
-);
+// There is one row, but an old snapshot of somebody else's may keep any number of its versions. The index
+// has the newest one last.
+fn frontier(c: &Catalog, locking: &str) -> String {
+    format!(
+        "SELECT scanned_to, gaps_first, gaps_last, gaps_before, announced_to, ctid::text
+           FROM {}.event_frontier ORDER BY is_frontier DESC LIMIT 1 {locking}",
+        c.schema
+    )
+}
+
+static PEEK: Statement = Statement::new(|c| frontier(c, ""), &[]);
 
 // Somebody else who is at it does the work for both.
-static HOLD: Statement = Statement::new(
-    |c| {
-        format!(
-            "SELECT scanned_to, gaps_first, gaps_last, gaps_before, announced_to
-               FROM {}.event_frontier FOR NO KEY UPDATE SKIP LOCKED",
-            c.schema
-        )
-    },
-    &[],
-);
+static HOLD: Statement = Statement::new(|c| frontier(c, "FOR NO KEY UPDATE SKIP LOCKED"), &[]);
 
-/// The frontier, and how far events have been announced, without locking it. Makes the first one.
-fn peek(db: &Db<'_>) -> Result<Option<(Frontier, i64)>> {
-    let peeked = db.first_row(&PEEK, &[])?.map(|row| read(&row)).transpose()?;
+/// The frontier's row.
+struct Kept {
+    frontier: Frontier,
+    /// How far events have been announced.
+    announced_to: i64,
+    /// Where the row is: there it stays while it is locked.
+    place: String,
+}
+
+/// The frontier without locking it. Makes the first one.
+fn peek(db: &Db<'_>) -> Result<Option<Kept>> {
+    let peeked = read(db.run_by_index(&PEEK, &[])?)?;
     if peeked.is_none() {
         db.run(&BEGIN, &[])?;
     }
@@ -64,11 +66,15 @@ fn peek(db: &Db<'_>) -> Result<Option<(Frontier, i64)>> {
 }
 
 /// The same, locked. `None` while somebody else has it.
-fn hold(db: &Db<'_>) -> Result<Option<(Frontier, i64)>> {
-    db.first_row(&HOLD, &[])?.map(|row| read(&row)).transpose()
+fn hold(db: &Db<'_>) -> Result<Option<Kept>> {
+    read(db.run_by_index(&HOLD, &[])?)
 }
 
-fn read(row: &SpiTupleTable<'_>) -> Result<(Frontier, i64)> {
+fn read(rows: SpiTupleTable<'_>) -> Result<Option<Kept>> {
+    if rows.is_empty() {
+        return Ok(None);
+    }
+    let row = rows.first();
     let list = |position| -> Result<Vec<i64>> {
         required(row.get::<Vec<i64>>(position)?, "event_frontier")
     };
@@ -80,7 +86,11 @@ fn read(row: &SpiTupleTable<'_>) -> Result<(Frontier, i64)> {
         .collect();
     let frontier =
         Frontier { scanned_to: row.required_bigint(1, "event_frontier.scanned_to")?, gaps };
-    Ok((frontier, row.required_bigint(5, "event_frontier.announced_to")?))
+    Ok(Some(Kept {
+        frontier,
+        announced_to: row.required_bigint(5, "event_frontier.announced_to")?,
+        place: row.required_text(6, "event_frontier.ctid")?,
+    }))
 }
 
 // One statement, so that events and transaction id are those of one snapshot.
@@ -123,18 +133,19 @@ static KEEP: Statement = Statement::new(
     |c| {
         format!(
             "UPDATE {}.event_frontier
-                SET scanned_to = $1, gaps_first = $2, gaps_last = $3, gaps_before = $4",
+                SET scanned_to = $1, gaps_first = $2, gaps_last = $3, gaps_before = $4
+              WHERE ctid = $5::tid",
             c.schema
         )
     },
-    &[INT8OID, INT8ARRAYOID, INT8ARRAYOID, INT8ARRAYOID],
+    &[INT8OID, INT8ARRAYOID, INT8ARRAYOID, INT8ARRAYOID, TEXTOID],
 );
 
 /// Appends up to `limit` events that have become visible to the order, and those that were awaited.
 /// Returns how many.
 pub fn append_visible(db: &Db<'_>, limit: i32) -> Result<usize> {
     // Most looks find nothing to do, and then write nothing.
-    if let Some((mut peeked, _)) = peek(db)? {
+    if let Some(Kept { frontier: mut peeked, .. }) = peek(db)? {
         let is_idle = if peeked.gaps.is_empty() {
             db.first_row(&IS_NEW, &[peeked.scanned_to.into()])?.is_none()
         } else {
@@ -145,7 +156,7 @@ pub fn append_visible(db: &Db<'_>, limit: i32) -> Result<usize> {
             return Ok(0);
         }
     }
-    let Some((mut frontier, _)) = hold(db)? else {
+    let Some(Kept { mut frontier, place, .. }) = hold(db)? else {
         return Ok(0);
     };
     let before = frontier.clone();
@@ -156,7 +167,8 @@ pub fn append_visible(db: &Db<'_>, limit: i32) -> Result<usize> {
     if frontier != before {
         let (first, last) = bounds(&frontier);
         let before: Vec<i64> = frontier.gaps.iter().map(|gap| gap.before_xid).collect();
-        let kept = [frontier.scanned_to.into(), first.into(), last.into(), before.into()];
+        let scanned_to = frontier.scanned_to;
+        let kept = [scanned_to.into(), first.into(), last.into(), before.into(), place.into()];
         db.run(&KEEP, &kept)?;
     }
     Ok(seen.len())
@@ -210,19 +222,19 @@ static IS_MORE: Statement = Statement::new(
 );
 
 static ANNOUNCED_TO: Statement = Statement::new(
-    |c| format!("UPDATE {}.event_frontier SET announced_to = $1", c.schema),
-    &[INT8OID],
+    |c| format!("UPDATE {}.event_frontier SET announced_to = $1 WHERE ctid = $2::tid", c.schema),
+    &[INT8OID, TEXTOID],
 );
 
 /// Announces up to `limit` events, in order; in silence if `aloud` is false, so that listeners are
 /// not flooded with the past once they are told again. Returns how many it went past.
 pub fn announce(db: &Db<'_>, limit: i32, aloud: bool) -> Result<usize> {
-    if let Some((_, announced_to)) = peek(db)?
+    if let Some(Kept { announced_to, .. }) = peek(db)?
         && db.first_row(&IS_MORE, &[announced_to.into()])?.is_none()
     {
         return Ok(0);
     }
-    let Some((_, announced_to)) = hold(db)? else {
+    let Some(Kept { announced_to, place, .. }) = hold(db)? else {
         return Ok(0);
     };
     let kinds: Vec<String> = ANNOUNCED.iter().map(|kind| kind.name().to_owned()).collect();
@@ -255,7 +267,7 @@ pub fn announce(db: &Db<'_>, limit: i32, aloud: bool) -> Result<usize> {
         }
     }
     if passed > 0 {
-        db.run(&ANNOUNCED_TO, &[last.into()])?;
+        db.run(&ANNOUNCED_TO, &[last.into(), place.into()])?;
     }
     Ok(passed)
 }

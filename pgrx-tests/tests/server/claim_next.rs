@@ -3,7 +3,7 @@
 use std::sync::Barrier;
 use std::thread;
 
-use pg_claims_tests::{json, sqlstate};
+use pg_claims_tests::{TestDb, json, sqlstate};
 use postgres::Client;
 use serde_json::Value;
 
@@ -73,8 +73,67 @@ fn who_holds_an_sd_is_given_that_again() {
 }
 
 #[test]
+fn what_the_queue_gives_is_the_first_that_its_view_shows_as_available() {
+    for seed in 1..=4 {
+        let db = TestDb::new();
+        let mut c = db.connect();
+        c.batch_execute(&format!(
+            r#"SELECT setseed(0.{seed});
+               CREATE FUNCTION pick(text[]) RETURNS text LANGUAGE sql
+                   RETURN $1[1 + floor(random() * cardinality($1))::integer];
+               INSERT INTO strategic_directives_v2 (sd_id, status, priority, sequence_rank, track, dependencies,
+                                                    parent_sd_id)
+               SELECT 'SD-' || n, pick('{{draft,draft,draft,active,Completed,deferred}}'),
+                      pick('{{critical,high,medium,low,P2,odd}}'), pick('{{1,2,3,NULL}}')::integer,
+                      pick('{{A,B,NULL}}'),
+                      replace(pick(ARRAY['[]', '[]', '[]', '["$"]', '["$", "$"]', 'null', '"$"', '[7]', '[null]']), '$',
+                              'SD-' || ceil(random() * 60))::jsonb,
+                      CASE WHEN random() < 0.2 THEN 'SD-' || ceil(random() * 60) END
+                 FROM generate_series(1, 60) n;
+               SELECT hold_sd('SD-' || n, 'wait') FROM generate_series(1, 60, 9) n;
+               SELECT declare_conflict('SD-' || n, 'SD-' || n + 7, 'files') FROM generate_series(1, 50, 3) n;
+               SELECT register_session('s-' || n) FROM generate_series(1, 60) n"#
+        ))
+        .unwrap_or_else(|error| panic!("{error:?}"));
+        let mut given = 0;
+        for n in 1..=60 {
+            let track = [None, Some("A"), Some("B")][n % 3];
+            let first = c
+                .query_opt(
+                    "SELECT sd_id FROM v_sd_queue
+                      WHERE eligibility = 'available' AND ($1::text IS NULL OR track = $1)
+                      ORDER BY priority_order, rank, created_at, sd_id LIMIT 1",
+                    &[&track],
+                )
+                .unwrap()
+                .map(|row| row.get::<_, String>(0));
+            let session = format!("s-{n}");
+            let answer = json(&mut c, "SELECT claim_next_sd($1, $2)", &[&session, &track]);
+            assert_eq!(answer["sd_id"].as_str(), first.as_deref(), "seed {seed}: {answer}");
+            given += usize::from(first.is_some());
+            match n % 4 {
+                // Some are done, which frees others; some owners die; one in four goes on.
+                0 => c
+                    .batch_execute(
+                        "UPDATE strategic_directives_v2 SET status = 'completed'
+                          WHERE sd_id = (SELECT max(sd_id) FROM claude_sessions)",
+                    )
+                    .unwrap(),
+                1 => age_heartbeat(&mut c, &session, "1 hour"),
+                2 => {
+                    json(&mut c, "SELECT release_sd($1)", &[&session]);
+                }
+                _ => {}
+            }
+        }
+        assert!(given > 15, "seed {seed}: only {given} were given");
+    }
+}
+
+#[test]
 fn a_session_that_cannot_be_acted_for_gets_nothing() {
-    let (db, mut c) = with_backlog("('SD-1', 'low', NULL, NULL, NULL)");
+    let (db, mut c) =
+        with_backlog("('SD-1', 'low', 1, NULL, NULL), ('SD-2', 'low', 2, NULL, NULL)");
     assert_eq!(next(&mut c, "nobody")["error"], "session_not_found");
     json(&mut c, "SELECT end_session('s3')", &[]);
     assert_eq!(next(&mut c, "s3")["error"], "session_released");

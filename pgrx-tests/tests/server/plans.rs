@@ -106,8 +106,7 @@ const CALLS: [(&str, usize, usize); 14] = [
     ("SELECT update_session_heartbeat('session-1')", 0, 1),
     ("SELECT release_sd('session-1')", 0, 4),
     ("SELECT is_sd_claimed('SD-2')", 0, 0),
-    // The queue chooses and locks.
-    ("SELECT claim_next_sd('session-1')", 1, 5),
+    ("SELECT claim_next_sd('session-1')", 0, 4),
     ("SELECT release_sd('session-1')", 0, 4),
     ("SELECT register_session('session-1')", 1, 1),
     ("UPDATE strategic_directives_v2 SET status = 'completed' WHERE sd_id = 'SD-4'", 1, 5),

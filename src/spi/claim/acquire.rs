@@ -79,7 +79,11 @@ pub fn acquire(
     let Request { sd_id, session_id, queued, .. } = request;
     let mut locked: Vec<String> = queued.iter().map(|_| sd_id.to_owned()).collect();
     for _ in 0..ROUNDS {
-        let picture = picture::look(db, Some(session_id), sd_id)?;
+        let picture = if locked.is_empty() {
+            picture::glance(db, session_id, sd_id)?
+        } else {
+            picture::look(db, Some(session_id), sd_id)?
+        };
         // Where no worker sets it right such an owner would be immortal: the one refusal that writes.
         if let Some((owner, _)) = picture.owner.as_ref().filter(|_| picture.is_owner_ahead)
             && !guc::worker()

@@ -16,6 +16,9 @@ pub struct Found {
     pub status: Option<String>,
     /// Whether it is finished.
     pub is_terminal: bool,
+    /// Whether the backlog says that nobody works on it, which follows from what sessions hold: not proof,
+    /// but good enough to go on.
+    pub says_free: bool,
 }
 
 static FIND: Statement = Statement::new(
@@ -44,5 +47,6 @@ pub fn find(db: &Db<'_>, key: &str) -> Result<Option<Found>> {
         sd_id: row.required_text(1, "an SD's id")?,
         status: row.text(2)?,
         is_terminal: row.flag(3)?,
+        says_free: false,
     }))
 }

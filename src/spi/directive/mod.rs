@@ -21,3 +21,4 @@ pub use columns::Columns;
 pub use find::{Found, find};
 pub use guarded::{guard_table, unguard_table};
 pub use mirror::{follow, lock, target, title, try_lock};
+pub use own::{is_terminal, lock as lock_own, says_free};

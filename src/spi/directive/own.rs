@@ -4,28 +4,37 @@ use crate::error::Result;
 use crate::spi::row::Row;
 use crate::spi::statement::Db;
 use crate::spi::table::layout::directives as column;
-use crate::spi::table::{Key, Lock, Name, NewRow, Snapshot, Table, Wait};
+use crate::spi::table::{Key, Lock, Name, NewRow, Snapshot, Table, TableRow, Wait};
 
 use super::Found;
 
 /// The SD of that id.
 pub fn find(db: &Db<'_>, sd_id: &str) -> Result<Option<Found>> {
-    let catalog = db.catalog()?;
     let table = Table::to_read(db, Name::Directives)?;
     let snapshot = Snapshot::take();
     let Some(row) = table.find(&snapshot, column::BY_SD_ID, Key::Text(sd_id)) else {
         return Ok(None);
     };
     let status = row.text(column::STATUS)?;
-    let terminal = catalog.backlog.iter().flat_map(|backlog| &backlog.columns.terminal_statuses);
-    let is_terminal = status.as_ref().is_some_and(|status| {
-        terminal.into_iter().any(|terminal| terminal.eq_ignore_ascii_case(status))
-    });
     Ok(Some(Found {
         sd_id: row.required_text(column::SD_ID, "strategic_directives_v2.sd_id")?,
+        is_terminal: is_terminal(db, status.as_deref())?,
         status,
-        is_terminal,
+        says_free: says_free(&row)?,
     }))
+}
+
+/// Whether a status is one of a finished SD.
+pub fn is_terminal(db: &Db<'_>, status: Option<&str>) -> Result<bool> {
+    let catalog = db.catalog()?;
+    let mut terminal =
+        catalog.backlog.iter().flat_map(|backlog| &backlog.columns.terminal_statuses);
+    Ok(status.is_some_and(|status| terminal.any(|terminal| terminal.eq_ignore_ascii_case(status))))
+}
+
+/// Whether the SD's row says that nobody works on it.
+pub fn says_free(row: &TableRow) -> Result<bool> {
+    Ok(!row.flag(column::IS_WORKING_ON)? && row.is_null(column::ACTIVE_SESSION_ID))
 }
 
 /// Locks the SD until the transaction ends.

@@ -3,6 +3,7 @@
 use std::ffi::CString;
 use std::rc::Rc;
 
+use pgrx::pg_sys::BuiltinOid::TEXTOID;
 use pgrx::{JsonB, pg_sys};
 use serde::Deserialize;
 
@@ -17,13 +18,16 @@ pub struct Known {
     /// The table.
     pub oid: pg_sys::Oid,
     indexes: Vec<pg_sys::Oid>,
+    spare_indexes: Vec<Option<pg_sys::Oid>>,
     /// The primary key's position, if the table is read by it: by the first index.
     key: Option<usize>,
     /// Whether it has just the triggers and constraints that the extension made, all in force, and no
     /// index that would run code of a user's.
     pub(super) is_as_made: bool,
-    /// What a new version of a row enters into the indexes, if that is known of all of them.
-    pub(super) entries: Option<Vec<Entry>>,
+    /// What a new version of a row enters into those indexes of which that is known.
+    pub(super) entries: Vec<Entry>,
+    /// Whether there are other indexes, which the executor must write.
+    pub(super) has_other_indexes: bool,
 }
 
 /// What the catalogue says of an index.
@@ -50,6 +54,8 @@ pub struct Entry {
     pub is_unique: bool,
     /// Whether it is the primary key's, which no update here changes.
     pub is_primary: bool,
+    /// Whether all its columns are of type text.
+    pub is_on_texts: bool,
     /// Which rows it has.
     pub rows: Rows,
 }
@@ -66,11 +72,7 @@ pub enum Rows {
 }
 
 impl Entry {
-    fn of_all(indexes: &[Index]) -> Option<Vec<Self>> {
-        indexes.iter().map(Self::of).collect()
-    }
-
-    fn of(index: &Index) -> Option<Self> {
+    fn of(index: &Index, layout: &Layout) -> Option<Self> {
         let rows = match (index.is_partial, index.name.as_str()) {
             (false, _) => Rows::All,
             (true, "idx_claude_sessions_unique_active_claim") => Rows::Holding,
@@ -78,9 +80,16 @@ impl Entry {
             (true, _) => return None,
         };
         let columns = index.columns.iter().map(|column| usize::try_from(*column).ok());
+        let columns: Vec<usize> = columns.collect::<Option<_>>()?;
+        let is_text = |position: &usize| {
+            // An expression has the position 0.
+            let column = position.checked_sub(1).and_then(|at| layout.columns.get(at));
+            column.is_some_and(|(_, of_type)| *of_type == TEXTOID)
+        };
         index.is_simple.then_some(Self {
             index: pg_sys::Oid::from(index.oid),
-            columns: columns.collect::<Option<_>>()?,
+            is_on_texts: columns.iter().all(is_text),
+            columns,
             is_unique: index.is_unique,
             is_primary: index.is_primary,
             rows,
@@ -150,13 +159,22 @@ impl Known {
                     && same_names(&checks, layout.checks)
                     && same_names(&triggers, layout.triggers);
                 let key = layout.key_column();
-                let entries = match row.get::<JsonB>(8)? {
-                    Some(JsonB(indexes)) => {
-                        Entry::of_all(&serde_json::from_value::<Vec<Index>>(indexes)?)
-                    }
-                    None => None,
+                let all: Vec<Index> = match row.get::<JsonB>(8)? {
+                    Some(JsonB(all)) => serde_json::from_value(all)?,
+                    None => Vec::new(),
                 };
-                let known_table = Self { oid: found, indexes, key, is_as_made, entries };
+                let entries: Vec<Entry> =
+                    all.iter().filter_map(|index| Entry::of(index, layout)).collect();
+                let has_other_indexes = entries.len() < all.len();
+                let known_table = Self {
+                    oid: found,
+                    indexes,
+                    spare_indexes: spare_indexes(layout, found, schema),
+                    key,
+                    is_as_made,
+                    entries,
+                    has_other_indexes,
+                };
                 known[name as usize] = Some(Rc::new(known_table));
             }
         }
@@ -171,6 +189,10 @@ impl Known {
     pub(super) fn index(&self, index: layout::Index) -> pg_sys::Oid {
         self.indexes[index.0]
     }
+
+    pub(super) fn spare_index(&self, index: layout::SpareIndex) -> Option<pg_sys::Oid> {
+        self.spare_indexes[index.0]
+    }
 }
 
 fn has_columns(layout: &Layout, columns: &[String]) -> bool {
@@ -178,30 +200,56 @@ fn has_columns(layout: &Layout, columns: &[String]) -> bool {
     columns.len() >= layout.columns.len() && made.zip(columns).all(|(made, is)| made == *is)
 }
 
-/// The indexes by which the table is read, whatever snapshot the transaction keeps: each by its name, and only
-/// while it can be relied on. One that is being built under that name misses rows.
+/// The indexes by which the table is read.
 fn indexes(layout: &Layout, table: pg_sys::Oid, schema: pg_sys::Oid) -> Option<Vec<pg_sys::Oid>> {
     let find = |(name, column): &(&str, &str)| {
-        let name = CString::new(*name).ok()?;
-        let column = i16::try_from(layout.position(column)?).ok()?;
-        // SAFETY: looks the name up in the catalogue; invalid where there is none. The entry is valid until it
-        // is given back, and an index has at least one column.
-        unsafe {
-            let index = pg_sys::get_relname_relid(name.as_ptr(), schema);
-            let cache = pg_sys::SysCacheIdentifier::INDEXRELID as i32;
-            let entry = pg_sys::SearchSysCache1(cache, index.into());
-            if entry.is_null() {
-                return None;
-            }
-            let form = &*pg_sys::GETSTRUCT(entry).cast::<pg_sys::FormData_pg_index>();
-            let is_sound = form.indisvalid
-                && form.indrelid == table
-                && form.indkey.values.as_slice(1)[0] == column;
-            pg_sys::ReleaseSysCache(entry);
-            is_sound.then_some(index)
-        }
+        find_index(layout, table, schema, name, std::slice::from_ref(column))
     };
     layout.indexes.iter().map(find).collect()
+}
+
+/// Those by which it may be read as well.
+fn spare_indexes(
+    layout: &Layout,
+    table: pg_sys::Oid,
+    schema: pg_sys::Oid,
+) -> Vec<Option<pg_sys::Oid>> {
+    let find = |(name, columns): &(&str, &[&str])| find_index(layout, table, schema, name, columns);
+    layout.spare_indexes.iter().map(find).collect()
+}
+
+/// An index by its name, whatever snapshot the transaction keeps, and only while it can be relied on (one
+/// that is being built under that name misses rows) and begins with these columns.
+fn find_index(
+    layout: &Layout,
+    table: pg_sys::Oid,
+    schema: pg_sys::Oid,
+    name: &str,
+    columns: &[&str],
+) -> Option<pg_sys::Oid> {
+    // An expression has no name, and the position 0.
+    let position = |column: &&str| match *column {
+        "" => Some(0),
+        column => i16::try_from(layout.position(column)?).ok(),
+    };
+    let positions: Vec<i16> = columns.iter().map(position).collect::<Option<_>>()?;
+    let name = CString::new(name).ok()?;
+    // SAFETY: looks the name up in the catalogue; invalid where there is none. The entry is valid until it
+    // is given back, and has as many positions as it tells.
+    unsafe {
+        let index = pg_sys::get_relname_relid(name.as_ptr(), schema);
+        let cache = pg_sys::SysCacheIdentifier::INDEXRELID as i32;
+        let entry = pg_sys::SearchSysCache1(cache, index.into());
+        if entry.is_null() {
+            return None;
+        }
+        let form = &*pg_sys::GETSTRUCT(entry).cast::<pg_sys::FormData_pg_index>();
+        let all = form.indkey.values.as_slice(usize::try_from(form.indnatts).unwrap_or(0));
+        let is_sound =
+            form.indisvalid && form.indrelid == table && all.starts_with(positions.as_slice());
+        pg_sys::ReleaseSysCache(entry);
+        is_sound.then_some(index)
+    }
 }
 
 fn same_names(are: &[String], made: &[&str]) -> bool {

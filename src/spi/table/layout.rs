@@ -15,6 +15,9 @@ pub struct Layout {
     /// Those of its indexes by which it is read, and the first column of each; that of the primary key
     /// comes first.
     pub indexes: &'static [(&'static str, &'static str)],
+    /// Those by which it may be read as well where they are there, and the columns of each, with no name
+    /// for an expression.
+    pub spare_indexes: &'static [(&'static str, &'static [&'static str])],
     /// Those of its indexes that are partial or on expressions.
     pub computed: &'static [&'static str],
     /// The triggers whose work a direct write does itself.
@@ -26,6 +29,10 @@ pub struct Layout {
 /// One of a table's indexes.
 #[derive(Debug, Clone, Copy)]
 pub struct Index(pub(super) usize);
+
+/// One that the table may be without.
+#[derive(Debug, Clone, Copy)]
+pub struct SpareIndex(pub(super) usize);
 
 impl Layout {
     /// A column's position; they count from 1.
@@ -56,6 +63,15 @@ impl Layout {
             at += 1;
         }
         Index(at)
+    }
+
+    /// Like [`Layout::column`].
+    const fn spare_index(&self, name: &str) -> SpareIndex {
+        let mut at = 0;
+        while !is_same(self.spare_indexes[at].0.as_bytes(), name.as_bytes()) {
+            at += 1;
+        }
+        SpareIndex(at)
     }
 }
 
@@ -127,6 +143,7 @@ pub mod sessions {
             ("claude_sessions_pkey", "session_id"),
             ("idx_claude_sessions_unique_active_claim", "sd_id"),
         ],
+        spare_indexes: &[],
         computed: &["idx_claude_sessions_unique_active_claim"],
         triggers: &[
             "claude_sessions_changed_trigger",
@@ -193,7 +210,8 @@ pub mod claims {
         ],
         not_null: &["claim_id", "sd_id", "session_id", "claimed_at"],
         key: Some("claim_id"),
-        indexes: &[("sd_claims_pkey", "claim_id"), ("sd_claims_open_key", "sd_id")],
+        indexes: &[("sd_claims_pkey", "claim_id")],
+        spare_indexes: &[],
         computed: &["sd_claims_open_key"],
         triggers: &[
             "sd_claims_protect_insert_trigger",
@@ -219,7 +237,6 @@ pub mod claims {
     pub const QUEUE_TRACK: usize = LAYOUT.column("queue_track");
 
     pub const BY_CLAIM_ID: Index = LAYOUT.index("sd_claims_pkey");
-    pub const OPEN_BY_SD_ID: Index = LAYOUT.index("sd_claims_open_key");
 }
 
 /// `session_lifecycle_events`.
@@ -248,6 +265,7 @@ pub mod events {
         not_null: &["event_id", "event_type", "session_id", "occurred_at", "actor", "detail"],
         key: None,
         indexes: &[],
+        spare_indexes: &[],
         computed: &[],
         triggers: &[],
         checks: &[],
@@ -283,6 +301,7 @@ pub mod holds {
         not_null: &["sd_id", "reason", "held_by", "held_at"],
         key: Some("sd_id"),
         indexes: &[("sd_holds_pkey", "sd_id")],
+        spare_indexes: &[],
         computed: &[],
         triggers: &[],
         checks: &[],
@@ -330,6 +349,7 @@ pub mod conflicts {
             ("sd_conflict_matrix_open_key", "sd_id_a"),
             ("sd_conflict_matrix_open_b_idx", "sd_id_b"),
         ],
+        spare_indexes: &[],
         computed: &["sd_conflict_matrix_open_key", "sd_conflict_matrix_open_b_idx"],
         triggers: &[],
         checks: &["sd_conflict_matrix_order_check", "sd_conflict_matrix_severity_check"],
@@ -345,7 +365,7 @@ pub mod conflicts {
 pub mod directives {
     use pgrx::pg_sys::BuiltinOid::{BOOLOID, INT4OID, JSONBOID, TEXTOID, TIMESTAMPTZOID};
 
-    use super::{Index, Layout};
+    use super::{Index, Layout, SpareIndex};
 
     /// The table.
     pub const LAYOUT: Layout = Layout {
@@ -377,6 +397,10 @@ pub mod directives {
         ],
         key: Some("sd_id"),
         indexes: &[("strategic_directives_v2_pkey", "sd_id")],
+        spare_indexes: &[
+            ("strategic_directives_v2_queue_idx", &["", "", "created_at", "sd_id"]),
+            ("strategic_directives_v2_parent_idx", &["parent_sd_id"]),
+        ],
         computed: &["strategic_directives_v2_queue_idx", "strategic_directives_v2_parent_idx"],
         triggers: &[
             "pg_claims_deleted",
@@ -389,9 +413,15 @@ pub mod directives {
     };
 
     pub const SD_ID: usize = LAYOUT.column("sd_id");
+    pub const TITLE: usize = LAYOUT.column("title");
     pub const STATUS: usize = LAYOUT.column("status");
+    pub const TRACK: usize = LAYOUT.column("track");
+    pub const DEPENDENCIES: usize = LAYOUT.column("dependencies");
+    pub const PARENT_SD_ID: usize = LAYOUT.column("parent_sd_id");
     pub const IS_WORKING_ON: usize = LAYOUT.column("is_working_on");
     pub const ACTIVE_SESSION_ID: usize = LAYOUT.column("active_session_id");
 
     pub const BY_SD_ID: Index = LAYOUT.index("strategic_directives_v2_pkey");
+    pub const IN_QUEUE: SpareIndex = LAYOUT.spare_index("strategic_directives_v2_queue_idx");
+    pub const BY_PARENT: SpareIndex = LAYOUT.spare_index("strategic_directives_v2_parent_idx");
 }

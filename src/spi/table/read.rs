@@ -1,12 +1,13 @@
 //! Finding rows by an index.
 
+use std::convert::Infallible;
 use std::ffi::CStr;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use pgrx::datum::{Interval, TimestampWithTimeZone};
-use pgrx::{FromDatum, IntoDatum, pg_sys};
+use pgrx::{FromDatum, IntoDatum, JsonB, PgMemoryContexts, pg_sys};
 
-use super::layout::Index;
+use super::layout::{Index, SpareIndex};
 use super::{Snapshot, Table, places};
 use crate::error::{ClaimError, Result};
 use crate::identity::Role;
@@ -38,8 +39,18 @@ impl Key<'_> {
     }
 }
 
+/// How an index is read.
+enum Way<'a> {
+    /// From the first entry on.
+    InOrder,
+    /// What has this key in a B-tree.
+    Equal(Key<'a>),
+    /// What may have this key in a hash index.
+    Hashed(Key<'a>),
+}
+
 impl Table {
-    /// The first row with this key that the snapshot shows.
+    /// The last row with this key in the index that the snapshot shows.
     pub fn find(&self, snapshot: &Snapshot, index: Index, key: Key<'_>) -> Option<TableRow> {
         let Some(column) = self.known.key_of(index) else {
             return self.find_where(snapshot, index, key, |_| true);
@@ -73,7 +84,7 @@ impl Table {
         Some(row)
     }
 
-    /// The first of them that meets the condition.
+    /// The last of them in the index that meets the condition.
     pub fn find_where(
         &self,
         snapshot: &Snapshot,
@@ -81,45 +92,116 @@ impl Table {
         key: Key<'_>,
         condition: impl Fn(&TableRow) -> bool,
     ) -> Option<TableRow> {
-        let argument = key.datum()?;
         let row = self.empty_row();
+        let found = self.scan(snapshot, self.known.index(index), Way::Equal(key), &row, |row| {
+            Ok::<_, Infallible>(condition(row))
+        });
+        found.unwrap_or_else(|never| match never {}).then_some(row)
+    }
+
+    /// Whether there is a row that meets the condition, of those with this key in a hash index. `None` where
+    /// there is no such index.
+    pub fn any_hashed(
+        &self,
+        snapshot: &Snapshot,
+        index: SpareIndex,
+        key: Key<'_>,
+        condition: impl Fn(&TableRow) -> bool,
+    ) -> Option<bool> {
+        let by = self.known.spare_index(index)?;
+        let row = self.empty_row();
+        let found = self
+            .scan(snapshot, by, Way::Hashed(key), &row, |row| Ok::<_, Infallible>(condition(row)));
+        Some(found.unwrap_or_else(|never| match never {}))
+    }
+
+    /// Visits rows in the order of an index, until `is_it`, which may look at other tables, says to stop.
+    /// `None` where there is no such index.
+    pub fn walk(
+        &self,
+        snapshot: &Snapshot,
+        index: SpareIndex,
+        mut is_it: impl FnMut(&TableRow) -> Result<bool>,
+    ) -> Option<Result<bool>> {
+        let by = self.known.spare_index(index)?;
+        // There may be any number of rows: what the server allocates for one goes with it.
+        let mut context = PgMemoryContexts::new("pg_claims row");
+        Some(self.scan(snapshot, by, Way::InOrder, &self.empty_row(), |row| {
+            // SAFETY: what is returned is not the server's memory.
+            unsafe {
+                let answer = context.switch_to(|_| is_it(row));
+                context.reset();
+                answer
+            }
+        }))
+    }
+
+    /// Reads what an index leads to into `row`, until `is_it` says that this is it.
+    fn scan<E>(
+        &self,
+        snapshot: &Snapshot,
+        by: pg_sys::Oid,
+        way: Way<'_>,
+        row: &TableRow,
+        mut is_it: impl FnMut(&TableRow) -> std::result::Result<bool, E>,
+    ) -> std::result::Result<bool, E> {
+        let key = match way {
+            Way::InOrder => None,
+            Way::Equal(key) => Some((pg_sys::BTEqualStrategyNumber, key)),
+            Way::Hashed(key) => Some((pg_sys::HTEqualStrategyNumber, key)),
+        };
+        // From the end where it is one row that is looked for, as entries of one key are in the order of
+        // their places, and the newest version of a row is mostly at the last one: an old snapshot of
+        // somebody else's may keep many.
+        let direction = match way {
+            Way::InOrder => pg_sys::ScanDirection::ForwardScanDirection,
+            Way::Equal(_) | Way::Hashed(_) => pg_sys::ScanDirection::BackwardScanDirection,
+        };
         // SAFETY: table and index are open while they are scanned, with the snapshot that is active;
         // the slot is one of the table's. The index is one on a text or a bigint, as the key is.
         unsafe {
             let mode = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
-            let by = pg_sys::index_open(self.known.index(index), mode);
-            let mut scan_key = pg_sys::ScanKeyData::default();
-            pg_sys::ScanKeyEntryInitialize(
-                &mut scan_key,
-                0,
-                1,
-                pg_sys::BTEqualStrategyNumber as pg_sys::StrategyNumber,
-                pg_sys::Oid::INVALID,
-                *(*by).rd_indcollation,
-                key.equality(),
-                argument,
-            );
+            let by = pg_sys::index_open(by, mode);
+            let mut scan_keys = [pg_sys::ScanKeyData::default()];
+            let count = i32::from(key.is_some());
+            if let Some((strategy, key)) = key {
+                let Some(argument) = key.datum() else {
+                    pg_sys::index_close(by, mode);
+                    return Ok(false);
+                };
+                pg_sys::ScanKeyEntryInitialize(
+                    &mut scan_keys[0],
+                    0,
+                    1,
+                    strategy as pg_sys::StrategyNumber,
+                    pg_sys::Oid::INVALID,
+                    *(*by).rd_indcollation,
+                    key.equality(),
+                    argument,
+                );
+            }
             #[cfg(not(feature = "pg18"))]
-            let scan = pg_sys::index_beginscan(self.relation, by, snapshot.raw, 1, 0);
+            let scan = pg_sys::index_beginscan(self.relation, by, snapshot.raw, count, 0);
             #[cfg(feature = "pg18")]
             let scan = pg_sys::index_beginscan(
                 self.relation,
                 by,
                 snapshot.raw,
                 std::ptr::null_mut(),
-                1,
+                count,
                 0,
             );
-            pg_sys::index_rescan(scan, &mut scan_key, 1, std::ptr::null_mut(), 0);
-            let forward = pg_sys::ScanDirection::ForwardScanDirection;
-            let mut found = false;
-            while !found && pg_sys::index_getnext_slot(scan, forward, row.slot) {
+            pg_sys::index_rescan(scan, scan_keys.as_mut_ptr(), count, std::ptr::null_mut(), 0);
+            let mut found = Ok(false);
+            while matches!(found, Ok(false))
+                && pg_sys::index_getnext_slot(scan, direction, row.slot)
+            {
                 pg_sys::slot_getallattrs(row.slot);
-                found = condition(&row);
+                found = is_it(row);
             }
             pg_sys::index_endscan(scan);
             pg_sys::index_close(by, mode);
-            found.then_some(row)
+            found
         }
     }
 
@@ -148,13 +230,18 @@ impl TableRow {
     }
 
     /// Whether the column is NULL.
-    pub(super) fn is_null(&self, position: usize) -> bool {
+    pub fn is_null(&self, position: usize) -> bool {
         // SAFETY: as for `get`.
         unsafe { *(*self.slot).tts_isnull.add(position - 1) }
     }
 
+    /// Whether a column of type text is the same in another row.
+    pub(super) fn is_same(&self, other: &Self, position: usize) -> bool {
+        self.get::<&str>(position) == other.get::<&str>(position)
+    }
+
     /// Whether a column says so.
-    pub(super) fn says(&self, position: usize, text: &str) -> bool {
+    pub fn says(&self, position: usize, text: &str) -> bool {
         self.get::<&str>(position) == Some(text)
     }
 
@@ -164,6 +251,11 @@ impl TableRow {
             Key::Text(text) => self.says(position, text),
             Key::Bigint(number) => self.get::<i64>(position) == Some(number),
         }
+    }
+
+    /// A column of type jsonb, if it is not NULL.
+    pub fn json(&self, position: usize) -> Option<serde_json::Value> {
+        self.get::<JsonB>(position).map(|JsonB(value)| value)
     }
 
     /// A name that is never NULL.

@@ -162,7 +162,7 @@ impl Table {
             return false;
         }
         // SAFETY: the slot holds the row as it was written.
-        unsafe { self.update_indexes(&written, indexes) };
+        unsafe { self.update_indexes(row, &written, indexes) };
         true
     }
 
@@ -177,56 +177,62 @@ impl Table {
             new.fill(written.slot);
             pg_sys::ExecStoreVirtualTuple(written.slot);
             pg_sys::simple_table_tuple_insert(self.relation, written.slot);
-            self.insert_index_entries(&written, false, false);
+            self.insert_index_entries(None, &written, false);
         }
     }
 
     /// # Safety
     /// `row` must just have been written.
     #[cfg(any(feature = "pg14", feature = "pg15"))]
-    unsafe fn update_indexes(&self, row: &TableRow, indexes: Indexes) {
+    unsafe fn update_indexes(&self, old: &TableRow, row: &TableRow, indexes: Indexes) {
         if indexes {
             // SAFETY: as promised.
-            unsafe { self.insert_index_entries(row, true, false) };
+            unsafe { self.insert_index_entries(Some(old), row, false) };
         }
     }
 
     /// # Safety
     /// `row` must just have been written.
     #[cfg(not(any(feature = "pg14", feature = "pg15")))]
-    unsafe fn update_indexes(&self, row: &TableRow, indexes: Indexes) {
+    unsafe fn update_indexes(&self, old: &TableRow, row: &TableRow, indexes: Indexes) {
         use pg_sys::TU_UpdateIndexes::{TU_None, TU_Summarizing};
         if indexes != TU_None {
             // SAFETY: as promised.
-            unsafe { self.insert_index_entries(row, true, indexes == TU_Summarizing) };
+            unsafe { self.insert_index_entries(Some(old), row, indexes == TU_Summarizing) };
         }
     }
 
     /// # Safety
-    /// `row` must just have been written.
-    unsafe fn insert_index_entries(&self, row: &TableRow, is_update: bool, only_summarizing: bool) {
+    /// `row` must just have been written, in the place of `old` if there is one.
+    unsafe fn insert_index_entries(
+        &self,
+        old: Option<&TableRow>,
+        row: &TableRow,
+        only_summarizing: bool,
+    ) {
         // SAFETY: as promised. Writing has made a tuple of the columns; they are taken apart again.
         unsafe {
             pg_sys::slot_getallattrs(row.slot);
-            match &self.known.entries {
-                Some(entries) if !only_summarizing => {
-                    for entry in entries.iter().filter(|entry| entry.has(row)) {
-                        self.insert_index_entry(row, entry, is_update);
-                    }
-                }
-                _ => self.insert_index_entries_by_executor(row, is_update, only_summarizing),
+            // A B-tree does not summarize.
+            let entries = self.known.entries.iter().filter(|_| !only_summarizing);
+            for entry in entries.filter(|entry| entry.has(row)) {
+                self.insert_index_entry(old, row, entry);
+            }
+            if self.known.has_other_indexes {
+                self.insert_other_index_entries(row, old.is_some(), only_summarizing);
             }
         }
     }
 
     /// # Safety
-    /// `row` must just have been written, and `entry` be one of the table's.
-    unsafe fn insert_index_entry(&self, row: &TableRow, entry: &Entry, is_update: bool) {
+    /// `row` must just have been written, in the place of `old` if there is one, and `entry` be one of the
+    /// table's.
+    unsafe fn insert_index_entry(&self, old: Option<&TableRow>, row: &TableRow, entry: &Entry) {
         let mut values = [pg_sys::Datum::null(); pg_sys::INDEX_MAX_KEYS as usize];
         let mut are_null = [false; pg_sys::INDEX_MAX_KEYS as usize];
-        // No update here changes the primary key, so that there is nothing to be checked: the server's
+        // Where the old version has the same key in the index there is nothing to be checked: the server's
         // check would visit every version of the row that anybody may still see.
-        let is_unchanged = is_update && entry.is_primary;
+        let is_unchanged = old.is_some_and(|old| entry.keeps_key(old, row));
         let check = if entry.is_unique && !is_unchanged {
             pg_sys::IndexUniqueCheck::UNIQUE_CHECK_YES
         } else {
@@ -258,9 +264,11 @@ impl Table {
         }
     }
 
+    /// Those of the indexes that only the executor knows how to write.
+    ///
     /// # Safety
     /// `row` must just have been written.
-    unsafe fn insert_index_entries_by_executor(
+    unsafe fn insert_other_index_entries(
         &self,
         row: &TableRow,
         is_update: bool,
@@ -277,6 +285,7 @@ impl Table {
                 (*target).type_ = pg_sys::NodeTag::T_ResultRelInfo;
                 (*target).ri_RelationDesc = self.relation;
                 pg_sys::ExecOpenIndices(target, false);
+                self.leave_out_known(&mut *target);
                 pg_sys::ExecInsertIndexTuples(
                     target,
                     row.slot,
@@ -293,6 +302,28 @@ impl Table {
             pg_sys::FreeExecutorState(state);
         }
     }
+
+    /// Closes the indexes that have had their entries.
+    ///
+    /// # Safety
+    /// The table's indexes must be open in `target`.
+    unsafe fn leave_out_known(&self, target: &mut pg_sys::ResultRelInfo) {
+        let mut kept = 0;
+        for at in 0..target.ri_NumIndices as usize {
+            // SAFETY: as promised; both lists have that many elements.
+            unsafe {
+                let index = *target.ri_IndexRelationDescs.add(at);
+                if self.known.entries.iter().any(|entry| entry.index == (*index).rd_id) {
+                    pg_sys::index_close(index, pg_sys::RowExclusiveLock as pg_sys::LOCKMODE);
+                    continue;
+                }
+                *target.ri_IndexRelationDescs.add(kept) = index;
+                *target.ri_IndexRelationInfo.add(kept) = *target.ri_IndexRelationInfo.add(at);
+            }
+            kept += 1;
+        }
+        target.ri_NumIndices = kept as i32;
+    }
 }
 
 impl Entry {
@@ -303,6 +334,15 @@ impl Entry {
             Rows::Holding => !row.is_null(sessions::SD_ID) && row.says(sessions::STATUS, "active"),
             Rows::Open => row.is_null(claims::RELEASED_AT),
         }
+    }
+
+    /// Whether the index has this row's old version as well, with the same key.
+    fn keeps_key(&self, old: &TableRow, row: &TableRow) -> bool {
+        // No update here changes the primary key.
+        self.is_primary
+            || (self.is_on_texts
+                && self.has(old)
+                && self.columns.iter().all(|column| row.is_same(old, *column)))
     }
 }
 

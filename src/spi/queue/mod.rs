@@ -4,6 +4,8 @@
 //! before it is claimed, and so does the claim. Whoever finds an SD locked passes on to the next one, so that many sessions
 //! that ask at once get different SDs and none waits for another.
 
+mod own;
+
 use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
@@ -12,12 +14,13 @@ use pg_claims_core::listing::Entry;
 use pg_claims_core::queue::Shortage;
 use pgrx::pg_sys::BuiltinOid::{INT8OID, TEXTARRAYOID, TEXTOID};
 
-use super::catalog::{self, Catalog};
-use super::claim::reap::REAPED;
-use super::row::Row;
-use super::session::{self, Session};
-use super::statement::{Db, Statement, required};
 use crate::error::Result;
+use crate::spi::catalog::{self, Catalog};
+use crate::spi::claim::reap::REAPED;
+use crate::spi::row::Row;
+use crate::spi::session::{self, Session};
+use crate::spi::statement::{Db, Statement, required};
+use own::Look;
 
 /// How many acquisitions affinity looks back at: those that were made last, whoever made them.
 const REMEMBERED: usize = 200;
@@ -170,8 +173,14 @@ fn choose(c: &Catalog, condition: &str) -> String {
 /// Chooses and locks an SD, unless there is none.
 pub fn next(db: &Db<'_>, among: Among<'_>, passed: &[String]) -> Result<Option<Choice>> {
     catalog::lock_backlog(db)?;
-    if let Some(backlog) = &db.catalog()?.backlog {
+    let catalog = db.catalog()?;
+    if let Some(backlog) = &catalog.backlog {
         backlog.usable()?;
+    }
+    if catalog.is_own_backlog_in_use
+        && let Look::Done(chosen) = own::next(db, among, passed)?
+    {
+        return Ok(chosen);
     }
     let passed = passed.to_vec();
     let rows = match among {
