@@ -120,6 +120,8 @@ COMMENT ON FUNCTION lifecycle_events_since(bigint, integer) IS
     'The audit in the order in which events became visible, after place p_id (0: from the oldest kept), up to p_limit. Each event once; the last id is the next call''s p_id.';
 COMMENT ON FUNCTION latest_heartbeat(oid, text, timestamptz) IS
     'A session''s last sign of life: the later one of the heartbeat board in shared memory and what its row (the third argument) says. The first argument is the row''s tableoid.';
+COMMENT ON FUNCTION coordination_check() IS
+    'The doctor: one row for each thing that was looked at, with status ok or warning, and for a warning what is the matter and what to do about it.';
 COMMENT ON FUNCTION heartbeat_board() IS
     'The heartbeat board in shared memory, if there is one: for how many sessions of the server it was made (pg_claims.max_sessions), how many it holds, and how many times it had no room for one, which then beat in the table.';
 COMMENT ON FUNCTION forget_heartbeat() IS 'Trigger: the heartbeat board forgets a heartbeat that was set back; an infinite one is refused.';

@@ -4,6 +4,7 @@
 //! answered with an error that names the argument.
 
 pub mod board;
+mod check;
 mod claim;
 mod conflict;
 pub mod directive;

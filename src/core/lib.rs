@@ -6,6 +6,7 @@
 
 pub mod age;
 pub mod board;
+pub mod check;
 pub mod cycle;
 pub mod frontier;
 pub mod id;

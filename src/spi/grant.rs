@@ -88,6 +88,7 @@ const FUNCTIONS: &[(Level, &[&str])] = &[
             "latest_heartbeat",
             "heartbeat_board",
             "lifecycle_events_since",
+            "coordination_check",
         ],
     ),
     (

@@ -4,6 +4,7 @@
 //! COMMITTED), and names its tables with the schema that the extension is installed in.
 
 pub mod catalog;
+pub mod check;
 pub mod claim;
 pub mod conflict;
 pub mod directive;

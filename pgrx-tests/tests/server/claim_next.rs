@@ -131,6 +131,24 @@ fn what_the_queue_gives_is_the_first_that_its_view_shows_as_available() {
 }
 
 #[test]
+fn the_queue_does_without_its_indexes() {
+    let (_db, mut c) = with_backlog(
+        r#"('part', 'low', 1, NULL, NULL), ('whole', 'high', 1, NULL, NULL), ('late', 'high', 2, NULL, '["low"]'),
+           ('low', 'low', 2, NULL, NULL)"#,
+    );
+    c.batch_execute(
+        "UPDATE strategic_directives_v2 SET parent_sd_id = 'whole' WHERE sd_id = 'part';
+         DROP INDEX strategic_directives_v2_parent_idx",
+    )
+    .unwrap();
+    assert_eq!(next(&mut c, "s1")["sd_id"], "part");
+    c.batch_execute("DROP INDEX strategic_directives_v2_queue_idx").unwrap();
+    assert_eq!(next(&mut c, "s2")["sd_id"], "low");
+    finish(&mut c, "part");
+    assert_eq!(next(&mut c, "s1")["sd_id"], "whole");
+}
+
+#[test]
 fn a_session_that_cannot_be_acted_for_gets_nothing() {
     let (db, mut c) =
         with_backlog("('SD-1', 'low', 1, NULL, NULL), ('SD-2', 'low', 2, NULL, NULL)");

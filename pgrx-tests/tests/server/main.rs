@@ -9,6 +9,7 @@ mod backlog_binding;
 mod bad_input;
 mod board;
 mod catching_up;
+mod check;
 mod claim;
 mod claim_next;
 mod conflict;

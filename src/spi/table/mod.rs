@@ -123,6 +123,11 @@ impl Table {
         self.known.oid
     }
 
+    /// Whether the table is as the extension made it.
+    pub fn is_as_made(&self) -> bool {
+        self.known.is_as_made
+    }
+
     /// Whether the table may be written directly: it has just the triggers and constraints that the
     /// extension made, and those are in force.
     pub fn may_be_written(&self) -> bool {

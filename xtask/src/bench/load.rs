@@ -173,8 +173,10 @@ pub fn make_stale(client: &mut Client, count: usize) -> Result<()> {
          UPDATE claude_sessions SET sd_id = replace(session_id, 'session-', 'SD-'),
                 claim_id = replace(session_id, 'session-', '')::bigint, claimed_at = now() - interval '3 days',
                 status = 'active', heartbeat_at = now() - interval '2 days';
-         TRUNCATE floor.claude_sessions;
+         TRUNCATE floor.claude_sessions, floor.sd_claims, floor.strategic_directives_v2;
          INSERT INTO floor.claude_sessions SELECT * FROM claude_sessions;
+         INSERT INTO floor.sd_claims SELECT * FROM sd_claims;
+         INSERT INTO floor.strategic_directives_v2 SELECT * FROM strategic_directives_v2;
          RESET session_replication_role"
     ))?;
     client.batch_execute("VACUUM ANALYZE")?;

@@ -201,7 +201,10 @@ impl Bench {
              - Claims: {CLIENTS} clients, asynchronous commit; heartbeats: {BEATING} clients; pgbench with prepared statements.\n\
              - {sessions} sessions and as many SDs, unless said otherwise.\n\
              - The bare writes are the rows that a claim and a release write, as two statements with data-modifying\n  \
-               CTEs on tables of the same columns and indexes, without any check. The PL/pgSQL is in\n  `xtask/src/bench/floor.sql`.\n\
+               CTEs on tables of the same columns and indexes, without any check. The PL/pgSQL is in\n  `xtask/src/bench/floor.sql`:\n  \
+               with few checks it looks for the session, the SD and its owner; with the same checks also for whose\n  \
+               the session is, stop signs and conflicts, and it takes over from stale owners.\n\
+             - Rows without a goal show what can be reached.\n\
              - The no-op is `octet_length()` of the same argument.\n",
             seconds = self.plan.seconds,
             rounds = self.plan.rounds,

@@ -20,9 +20,12 @@ pub fn cycle(sds: usize, clients: usize) -> String {
         + "SELECT claim_sd('SD-' || :n, 'session-' || :c);\nSELECT release_sd('session-' || :c);\n"
 }
 
-pub fn peer_cycle(sds: usize, clients: usize) -> String {
+/// The same with one of the functions in PL/pgSQL.
+pub fn peer_cycle(claim: &str, sds: usize, clients: usize) -> String {
     variables(sds, clients)
-        + "SELECT peer.claim_sd('SD-' || :n, 'session-' || :c);\nSELECT peer.release_sd('session-' || :c);\n"
+        + &format!(
+            "SELECT peer.{claim}('SD-' || :n, 'session-' || :c);\nSELECT peer.release_sd('session-' || :c);\n"
+        )
 }
 
 /// The writes of a claim and a release as two statements, without any check.
@@ -83,6 +86,46 @@ fn release_writes(which: &str) -> String {
                 released_at = clock_timestamp(), release_reason = 'manual', updated_at = clock_timestamp()
           WHERE session_id = 'session-' || :c"
     ))
+}
+
+/// Ends all stale claims in the sessions' table, with an event for each.
+pub fn floor_reaping_of_sessions() -> String {
+    one_line(&format!(
+        "WITH s AS ({})
+         INSERT INTO floor.session_lifecycle_events (event_type, session_id, actor, reason)
+         SELECT 'reaped', session_id, current_user, 'reaped' FROM s",
+        floor_end_of_stale("WHERE", "session_id")
+    ))
+}
+
+/// Writes all rows that the reaper writes: sessions, acquisitions, SDs, two events each.
+pub fn floor_reaping() -> String {
+    one_line(&format!(
+        "WITH s AS ({}),
+         e AS (
+            INSERT INTO floor.session_lifecycle_events (event_type, session_id, sd_id, claim_id, actor, reason)
+            SELECT event_type, session_id, sd_id, claim_id, current_user, 'reaped'
+              FROM s CROSS JOIN unnest(array['stale', 'reaped']) event_type),
+         h AS (
+            UPDATE floor.sd_claims c SET released_at = clock_timestamp(), release_reason = 'reaped'
+              FROM s WHERE s.claim_id = c.claim_id)
+         UPDATE floor.strategic_directives_v2 d SET is_working_on = false, active_session_id = NULL
+           FROM s WHERE d.sd_id = s.sd_id",
+        floor_end_of_stale(
+            "FROM floor.claude_sessions held WHERE held.session_id = s.session_id AND",
+            "s.session_id, held.sd_id, held.claim_id"
+        )
+    ))
+}
+
+fn floor_end_of_stale(joined: &str, returning: &str) -> String {
+    format!(
+        "UPDATE floor.claude_sessions s
+            SET sd_id = NULL, claim_id = NULL, claimed_at = NULL, status = 'idle', released_at = clock_timestamp(),
+                release_reason = 'reaped', updated_at = clock_timestamp()
+          {joined} s.sd_id IS NOT NULL AND s.heartbeat_at < clock_timestamp() - interval '5 minutes'
+      RETURNING {returning}"
+    )
 }
 
 fn one_line(statement: &str) -> String {

@@ -1,0 +1,104 @@
+//! The doctor.
+
+use pg_claims_tests::{json, sqlstate};
+use postgres::Client;
+
+use crate::queue::texts;
+use crate::support::*;
+use pg_claims_tests::is_watched;
+
+/// What is not well, but for what concerns the whole server that the tests share; it has no worker.
+fn warnings(c: &mut Client) -> Vec<String> {
+    texts(
+        c,
+        "SELECT name || ': ' || detail FROM coordination_check()
+          WHERE status = 'warning' AND name NOT IN ('heartbeat_board', 'old_transactions', 'worker')
+          ORDER BY name",
+    )
+}
+
+/// Tables with triggers of a user's are what the doctor tells of.
+fn without_triggers(mut warnings: Vec<String>) -> Vec<String> {
+    if is_watched() {
+        warnings.retain(|warning| !warning.starts_with("direct_access: "));
+    }
+    warnings
+}
+
+#[test]
+fn the_doctor_finds_a_new_database_well() {
+    let (_db, mut c) = coordinated();
+    granted(&mut c, "SD-1", "s1");
+    assert_eq!(without_triggers(warnings(&mut c)), Vec::<String>::new());
+    let consistent = "SELECT count(*) FROM coordination_check()
+                       WHERE (status = 'ok') = (detail IS NULL) AND (detail IS NULL) = (hint IS NULL)";
+    assert_eq!(count(&mut c, consistent), 7);
+}
+
+#[test]
+fn the_doctor_tells_of_what_was_written_past_the_triggers() {
+    let (_db, mut c) = coordinated();
+    c.batch_execute(
+        "SET session_replication_role = replica;
+         UPDATE strategic_directives_v2 SET is_working_on = true WHERE sd_id = 'SD-1';
+         RESET session_replication_role",
+    )
+    .unwrap();
+    assert_eq!(
+        without_triggers(warnings(&mut c)),
+        ["is_working_on: SDs of which the backlog says something else than the sessions: 1"]
+    );
+    granted(&mut c, "SD-1", "s1");
+    json(&mut c, "SELECT release_sd('s1')", &[]);
+    assert_eq!(without_triggers(warnings(&mut c)), Vec::<String>::new());
+}
+
+#[test]
+fn the_doctor_tells_which_tables_somebody_has_changed() {
+    let (_db, mut c) = coordinated();
+    c.batch_execute(
+        "ALTER TABLE sd_claims ADD COLUMN cost integer;
+         ALTER TABLE session_lifecycle_events ADD CHECK (reason <> 'none')",
+    )
+    .unwrap();
+    let told = warnings(&mut c).concat();
+    assert!(told.starts_with("direct_access: written by statements"), "{told}");
+    assert!(told.contains("sd_claims") && told.contains("session_lifecycle_events"), "{told}");
+    assert_eq!(told.contains("claude_sessions"), is_watched(), "{told}");
+}
+
+#[test]
+fn the_doctor_tells_of_claims_that_nobody_reaps_and_of_a_worker_in_trouble() {
+    let (_db, mut c) = coordinated();
+    let worker = "SELECT detail FROM coordination_check() WHERE name = 'worker'";
+    assert_eq!(
+        value(&mut c, worker).as_deref(),
+        Some("pg_claims.worker is off: nothing ends stale claims by itself")
+    );
+    granted(&mut c, "SD-2", "s1");
+    age_heartbeat(&mut c, "s1", "1 hour");
+    c.batch_execute(
+        "INSERT INTO worker_health (last_run_at, last_duration_ms, last_reaped, runs, reaped, errors, last_error,
+                                    last_error_at)
+         SELECT now, 1, 0, 1, 0, 1, 'it hurts', now - interval '3 minutes' FROM clock_timestamp() now",
+    )
+    .unwrap();
+    assert_eq!(
+        without_triggers(warnings(&mut c)),
+        [
+            "stale_claims: stale claims that wait for the reaper: 1, the first one for 55 min",
+            "worker_errors: 3 min ago: it hurts",
+        ]
+    );
+}
+
+#[test]
+fn the_doctor_answers_viewers_and_nobody_else() {
+    let (db, mut c) = coordinated();
+    let role = db.role("onlooker");
+    let mut onlooker = db.connect_as(&role);
+    let error = onlooker.query("SELECT coordination_check()", &[]).unwrap_err();
+    assert_eq!(sqlstate(&error), "42501");
+    json(&mut c, "SELECT grant_coordination($1, 'viewer')", &[&role]);
+    assert_eq!(count(&mut onlooker, "SELECT count(*) FROM coordination_check()"), 7);
+}

@@ -1,0 +1,219 @@
+//! What an operator should look at: the judgement of facts that were gathered elsewhere.
+
+use chrono::{DateTime, TimeDelta, Utc};
+
+use crate::age;
+
+/// A transaction that old, or a session that long in one, keeps versions of rows that nobody needs: they
+/// pile up with every claim and heartbeat in the table. Ten times the usual interval of heartbeats.
+const LONG_TRANSACTION: TimeDelta = TimeDelta::minutes(5);
+
+/// An error of the worker's is told for so long.
+const RECENT: TimeDelta = TimeDelta::hours(1);
+
+/// What is known of a database.
+#[derive(Debug, Clone)]
+pub struct Facts {
+    /// When they were gathered.
+    pub at: DateTime<Utc>,
+    /// Whether `pg_claims.worker` is on.
+    pub is_worker_on: bool,
+    /// How often stale claims are looked for.
+    pub reap_interval: TimeDelta,
+    /// How many claims could be ended, and for how long the first of them has been due.
+    pub due: (i64, TimeDelta),
+    /// What went wrong last, and when.
+    pub last_error: Option<(DateTime<Utc>, String)>,
+    /// The heartbeat board, if there is one.
+    pub board: Option<Board>,
+    /// Tables of the extension's that are written by statements, as somebody has changed them.
+    pub changed_tables: Vec<&'static str>,
+    /// The oldest transaction that keeps old versions of rows, and its age.
+    pub oldest: Option<(String, TimeDelta)>,
+    /// How many SDs of which the backlog says something else than the sessions.
+    pub out_of_step: i64,
+}
+
+/// How full the heartbeat board is.
+#[derive(Debug, Clone, Copy)]
+pub struct Board {
+    /// For how many sessions it was made.
+    pub capacity: i64,
+    /// How many heartbeats it had no room for since the server started.
+    pub refused: i64,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Check {
+    /// What.
+    pub name: &'static str,
+    /// What is the matter and what to do about it; `None` where all is well.
+    pub trouble: Option<(String, &'static str)>,
+}
+
+/// Judges the facts, always about the same things in the same order.
+pub fn checks(facts: &Facts) -> Vec<Check> {
+    let trouble = [
+        ("worker", worker(facts)),
+        ("stale_claims", stale_claims(facts)),
+        ("worker_errors", worker_errors(facts)),
+        ("heartbeat_board", heartbeat_board(facts)),
+        ("direct_access", direct_access(facts)),
+        ("old_transactions", old_transactions(facts)),
+        ("is_working_on", is_working_on(facts)),
+    ];
+    trouble.into_iter().map(|(name, trouble)| Check { name, trouble }).collect()
+}
+
+type Trouble = Option<(String, &'static str)>;
+
+fn worker(facts: &Facts) -> Trouble {
+    (!facts.is_worker_on).then(|| {
+        (
+            "pg_claims.worker is off: nothing ends stale claims by itself".into(),
+            "Have pg_cron call cleanup_stale_sessions() and prune_history(), or turn it on.",
+        )
+    })
+}
+
+fn stale_claims(facts: &Facts) -> Trouble {
+    let (count, lag) = facts.due;
+    // One run may be under way, and another one may have passed a locked row by.
+    (count > 0 && lag > facts.reap_interval * 3).then(|| {
+        (
+            format!("stale claims that wait for the reaper: {count}, the first one for {}", long(lag)),
+            "See pg_stat_activity for who has locked their sessions or SDs, and whether a pg_claims worker runs; cleanup_stale_sessions() ends what is not locked.",
+        )
+    })
+}
+
+fn worker_errors(facts: &Facts) -> Trouble {
+    let (at, error) = facts.last_error.as_ref()?;
+    let age = age::age(*at, facts.at);
+    (age < RECENT).then(|| {
+        (
+            format!("{} ago: {error}", long(age)),
+            "What failed is tried again with every run; the server's log tells all of it.",
+        )
+    })
+}
+
+fn heartbeat_board(facts: &Facts) -> Trouble {
+    let Some(Board { capacity, refused }) = facts.board else {
+        return Some((
+            "there is no heartbeat board: each heartbeat is a write to claude_sessions".into(),
+            "Add pg_claims to shared_preload_libraries, leave pg_claims.max_sessions above 0, and restart the server.",
+        ));
+    };
+    (refused > 0).then(|| {
+        (
+            format!("the heartbeat board, made for {capacity} sessions, had no room for {refused} heartbeats, which went to claude_sessions"),
+            "Raise pg_claims.max_sessions and restart the server; ids of over 200 bytes never find room.",
+        )
+    })
+}
+
+fn direct_access(facts: &Facts) -> Trouble {
+    (!facts.changed_tables.is_empty()).then(|| {
+        (
+            format!("written by statements, which takes several times as long: {}", facts.changed_tables.join(", ")),
+            "These tables have a trigger, constraint, column, rule, index or row-level security that the extension did not make, or lack one that it made.",
+        )
+    })
+}
+
+fn old_transactions(facts: &Facts) -> Trouble {
+    let (what, age) = facts.oldest.as_ref()?;
+    (*age > LONG_TRANSACTION).then(|| {
+        (
+            format!("{what} has been open for {}: what claims and heartbeats leave behind cannot be removed", long(*age)),
+            "End it; idle_in_transaction_session_timeout ends those that were forgotten.",
+        )
+    })
+}
+
+fn is_working_on(facts: &Facts) -> Trouble {
+    (facts.out_of_step > 0).then(|| {
+        (
+            format!("SDs of which the backlog says something else than the sessions: {}", facts.out_of_step),
+            "Somebody has written past the triggers. A claim and a release set an SD right; sessions are the truth.",
+        )
+    })
+}
+
+/// An age as people say it.
+fn long(age: TimeDelta) -> String {
+    match age.num_seconds() {
+        seconds @ ..120 => format!("{seconds} s"),
+        seconds @ 120..7200 => format!("{} min", seconds / 60),
+        seconds => format!("{} h", seconds / 3600),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn well() -> Facts {
+        Facts {
+            at: DateTime::from_timestamp(1_000_000, 0).unwrap(),
+            is_worker_on: true,
+            reap_interval: TimeDelta::seconds(10),
+            due: (0, TimeDelta::zero()),
+            last_error: None,
+            board: Some(Board { capacity: 16, refused: 0 }),
+            changed_tables: Vec::new(),
+            oldest: Some(("process 7".into(), LONG_TRANSACTION)),
+            out_of_step: 0,
+        }
+    }
+
+    fn troubles(facts: &Facts) -> Vec<&'static str> {
+        let checks = checks(facts);
+        checks.iter().filter(|check| check.trouble.is_some()).map(|check| check.name).collect()
+    }
+
+    #[test]
+    fn all_is_well() {
+        assert!(troubles(&well()).is_empty());
+        assert_eq!(checks(&well()).len(), 7);
+    }
+
+    #[test]
+    fn each_trouble_is_told_by_itself() {
+        let at = well().at;
+        let second = TimeDelta::seconds(1);
+        let cases = [
+            ("worker", Facts { is_worker_on: false, ..well() }),
+            ("stale_claims", Facts { due: (1, TimeDelta::seconds(31)), ..well() }),
+            ("worker_errors", Facts { last_error: Some((at - second, "no".into())), ..well() }),
+            ("heartbeat_board", Facts { board: None, ..well() }),
+            ("heartbeat_board", Facts { board: Some(Board { capacity: 1, refused: 1 }), ..well() }),
+            ("direct_access", Facts { changed_tables: vec!["sd_claims"], ..well() }),
+            (
+                "old_transactions",
+                Facts { oldest: Some(("x".into(), LONG_TRANSACTION + second)), ..well() },
+            ),
+            ("is_working_on", Facts { out_of_step: 1, ..well() }),
+        ];
+        for (name, facts) in cases {
+            assert_eq!(troubles(&facts), [name]);
+        }
+        let patient = [
+            Facts { due: (1, TimeDelta::seconds(30)), ..well() },
+            Facts { last_error: Some((at - RECENT, "no".into())), ..well() },
+        ];
+        for facts in patient {
+            assert!(troubles(&facts).is_empty(), "{facts:?}");
+        }
+    }
+
+    #[test]
+    fn an_age_is_told_in_the_largest_unit_that_says_enough() {
+        let told = [(0, "0 s"), (119, "119 s"), (120, "2 min"), (7199, "119 min"), (7200, "2 h")];
+        for (seconds, text) in told {
+            assert_eq!(long(TimeDelta::seconds(seconds)), text);
+        }
+    }
+}
