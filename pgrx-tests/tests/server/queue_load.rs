@@ -57,14 +57,13 @@ fn what_a_claim_from_the_queue_reads_does_not_grow_with_the_finished_ones() {
                 plans.iter().filter(|plan| plan.contains(&format!(":indexid {index} "))).collect();
             assert_eq!(choosing.len(), 1, "{call}: {}", plans.join("\n\n"));
         };
-        // One that only a statement can judge; otherwise the queue chooses without any.
-        c.batch_execute(
-            "INSERT INTO strategic_directives_v2 (sd_id, priority, dependencies) VALUES ('odd', 'critical', '[1]')",
-        )
-        .unwrap();
+        // From a backlog of somebody else's the queue chooses by a statement.
+        let owner = value(&mut c, "SELECT current_user").unwrap();
+        let other = db.role("backlog_owner");
+        c.batch_execute(&format!("ALTER TABLE strategic_directives_v2 OWNER TO {other}")).unwrap();
         assert_by_index("SELECT claim_next_sd('s1')");
         release(&mut c, "s1");
-        c.batch_execute("DELETE FROM strategic_directives_v2 WHERE sd_id = 'odd'").unwrap();
+        c.batch_execute(&format!("ALTER TABLE strategic_directives_v2 OWNER TO {owner}")).unwrap();
         assert_by_index("SELECT * FROM sd_next()");
         // The first makes the plans and finds the pages. Later, too, a connection reads the catalog anew, and
         // plans again, where the other tests of this server have sent it more invalidations than it took in:

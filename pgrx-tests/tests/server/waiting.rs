@@ -47,6 +47,31 @@ fn a_claim_waits_for_an_uncommitted_one_and_is_refused_naming_its_owner() {
 }
 
 #[test]
+fn the_unique_index_stops_a_claim_of_what_is_being_claimed_past_the_triggers() {
+    for by_hand in [
+        "UPDATE claude_sessions SET sd_id = 'SD-1', claim_id = 77, claimed_at = now(), status = 'active'
+          WHERE session_id = 's1'",
+        "INSERT INTO sd_claims (claim_id, sd_id, session_id) VALUES (77, 'SD-1', 's1')",
+    ] {
+        let (db, mut first) = coordinated();
+        // Neither locks the SD nor says so in the backlog.
+        first
+            .batch_execute(&format!("SET session_replication_role = replica; BEGIN; {by_hand}"))
+            .unwrap();
+        // One that holds another SD already, so that it is a switch.
+        granted(&mut db.connect(), "SD-2", "s2");
+        let (_, second) = blocked_claim(&db, "SD-1", "s2");
+        first.batch_execute("COMMIT").unwrap();
+        let claimed = second.join().unwrap();
+        let code = claimed.err().map(|error| sqlstate(&error).to_owned());
+        // A statement finds another open acquisition again and again, and gives up.
+        assert!(matches!(code.as_deref(), Some("23505" | "55000")), "{by_hand}: {code:?}");
+        let held = "SELECT string_agg(sd_id, ',') FROM claude_sessions WHERE session_id = 's2'";
+        assert_eq!(value(&mut first, held).as_deref(), Some("SD-2"), "{by_hand}");
+    }
+}
+
+#[test]
 fn a_claim_gets_the_sd_when_the_one_before_it_rolls_back() {
     let (db, mut first) = coordinated();
     first.batch_execute("BEGIN").unwrap();

@@ -20,7 +20,6 @@ use crate::spi::claim::reap::REAPED;
 use crate::spi::row::Row;
 use crate::spi::session::{self, Session};
 use crate::spi::statement::{Db, Statement, required};
-use own::Look;
 
 /// How many acquisitions affinity looks back at: those that were made last, whoever made them.
 const REMEMBERED: usize = 200;
@@ -177,11 +176,25 @@ pub fn next(db: &Db<'_>, among: Among<'_>, passed: &[String]) -> Result<Option<C
     if let Some(backlog) = &catalog.backlog {
         backlog.usable()?;
     }
+    let track = match among {
+        Among::All => Some(None),
+        Among::Track(track) => Some(Some(track)),
+        Among::These { .. } => None,
+    };
     if catalog.is_own_backlog_in_use
-        && let Look::Done(chosen) = own::next(db, among, passed)?
+        && let Some(track) = track
     {
-        return Ok(chosen);
+        let by_statement = |sd_id: &str| {
+            next_by_statement(db, Among::These { sd_ids: &[sd_id.to_owned()], track }, passed)
+        };
+        if let Some(chosen) = own::next(db, track, passed, by_statement)? {
+            return Ok(chosen);
+        }
     }
+    next_by_statement(db, among, passed)
+}
+
+fn next_by_statement(db: &Db<'_>, among: Among<'_>, passed: &[String]) -> Result<Option<Choice>> {
     let passed = passed.to_vec();
     let rows = match among {
         Among::All => db.run_by_index(&FROM_ALL, &[passed.into()])?,

@@ -2,11 +2,11 @@
 //! it reads the first row.
 //!
 //! By the rules of `v_sd_queue`. What is chosen wrongly costs no more than time: the claim refuses it, and
-//! the queue passes it over. What this cannot tell is left to the statement.
+//! the queue passes it over. What this cannot tell of an SD is left to the statement.
 
 use serde_json::Value;
 
-use super::{Among, Choice};
+use super::Choice;
 use crate::error::Result;
 use crate::guc;
 use crate::spi::row::Row;
@@ -17,14 +17,6 @@ use crate::spi::table::layout::sessions;
 use crate::spi::table::{Key, Lock, Name, Snapshot, Table, TableRow, Wait};
 use crate::spi::{conflict, directive, guard, heartbeat, hold, time};
 
-/// What comes of a look.
-pub enum Look {
-    /// The SD that was chosen and locked, unless there is none.
-    Done(Option<Choice>),
-    /// Only the statement can tell.
-    Undecided,
-}
-
 /// What is known of an SD in the queue.
 enum Eligible {
     Yes,
@@ -32,41 +24,35 @@ enum Eligible {
     Unknown,
 }
 
-/// Chooses and locks the first eligible SD that nobody has locked.
-pub fn next(db: &Db<'_>, among: Among<'_>, passed: &[String]) -> Result<Look> {
-    let track = match among {
-        Among::All => None,
-        Among::Track(track) => Some(track),
-        Among::These { .. } => return Ok(Look::Undecided),
-    };
+/// Chooses and locks the first eligible SD that nobody has locked. The outer `None` where that cannot be done
+/// here; `by_statement` chooses and locks one of which only a statement can tell whether it is eligible.
+pub fn next(
+    db: &Db<'_>,
+    track: Option<&str>,
+    passed: &[String],
+    by_statement: impl Fn(&str) -> Result<Option<Choice>>,
+) -> Result<Option<Option<Choice>>> {
     let backlog = Table::to_read(db, Name::Directives)?;
     let sessions = Table::to_read(db, Name::Sessions)?;
     let snapshot = Snapshot::take();
-    let mut look = Look::Done(None);
+    if !backlog.has(column::BY_PARENT) {
+        return Ok(None);
+    }
+    let mut choice = None;
     let walked = backlog.walk(&snapshot, column::IN_QUEUE, |row| {
         pgrx::check_for_interrupts!();
         let sd_id = row.required_text(column::SD_ID, "strategic_directives_v2.sd_id")?;
         if track.is_some_and(|track| !row.says(column::TRACK, track)) || passed.contains(&sd_id) {
             return Ok(false);
         }
-        match is_eligible(db, &backlog, &sessions, &snapshot, &sd_id, row)? {
-            Eligible::No => Ok(false),
-            Eligible::Unknown => {
-                look = Look::Undecided;
-                Ok(true)
-            }
-            Eligible::Yes => {
-                let chosen = lock(db, &sd_id, row)?;
-                let is_chosen = chosen.is_some();
-                look = Look::Done(chosen);
-                Ok(is_chosen)
-            }
-        }
+        choice = match is_eligible(db, &backlog, &sessions, &snapshot, &sd_id, row)? {
+            Eligible::Yes => lock(db, &sd_id, row)?,
+            Eligible::No => None,
+            Eligible::Unknown => by_statement(&sd_id)?,
+        };
+        Ok(choice.is_some())
     });
-    match walked {
-        Some(walked) => walked.map(|_| look),
-        None => Ok(Look::Undecided),
-    }
+    walked.map(|walked| walked.map(|_| choice)).transpose()
 }
 
 /// Whether the SD could be claimed.
@@ -84,14 +70,9 @@ fn is_eligible(
     {
         return Ok(Eligible::No);
     }
-    let Some(has_parts) =
-        backlog.any_hashed(snapshot, column::BY_PARENT, Key::Text(sd_id), |part| {
-            part.says(column::PARENT_SD_ID, sd_id)
-        })
-    else {
-        return Ok(Eligible::Unknown);
-    };
-    if has_parts {
+    // That index has unfinished ones only.
+    let is_part = |part: &TableRow| part.says(column::PARENT_SD_ID, sd_id);
+    if backlog.any_hashed(snapshot, column::BY_PARENT, Key::Text(sd_id), is_part) {
         return Ok(Eligible::No);
     }
     match waits(db, backlog, snapshot, row)? {

@@ -99,20 +99,27 @@ impl Table {
         found.unwrap_or_else(|never| match never {}).then_some(row)
     }
 
-    /// Whether there is a row that meets the condition, of those with this key in a hash index. `None` where
-    /// there is no such index.
+    /// Whether there is such an index.
+    pub fn has(&self, index: SpareIndex) -> bool {
+        self.known.spare_index(index).is_some()
+    }
+
+    /// Whether there is a row that meets the condition, of those with this key in a hash index. No where there
+    /// is no such index.
     pub fn any_hashed(
         &self,
         snapshot: &Snapshot,
         index: SpareIndex,
         key: Key<'_>,
         condition: impl Fn(&TableRow) -> bool,
-    ) -> Option<bool> {
-        let by = self.known.spare_index(index)?;
+    ) -> bool {
+        let Some(by) = self.known.spare_index(index) else {
+            return false;
+        };
         let row = self.empty_row();
         let found = self
             .scan(snapshot, by, Way::Hashed(key), &row, |row| Ok::<_, Infallible>(condition(row)));
-        Some(found.unwrap_or_else(|never| match never {}))
+        found.unwrap_or_else(|never| match never {})
     }
 
     /// Visits rows in the order of an index, until `is_it`, which may look at other tables, says to stop.
