@@ -16,6 +16,8 @@ const RECENT: TimeDelta = TimeDelta::hours(1);
 pub struct Facts {
     /// When they were gathered.
     pub at: DateTime<Utc>,
+    /// Why the backlog cannot be used. What depends on it is not known then.
+    pub unusable_backlog: Option<String>,
     /// Whether `pg_claims.worker` is on.
     pub is_worker_on: bool,
     /// How often stale claims are looked for.
@@ -26,7 +28,7 @@ pub struct Facts {
     pub last_error: Option<(DateTime<Utc>, String)>,
     /// The heartbeat board, if there is one.
     pub board: Option<Board>,
-    /// Tables of the extension's that are written by statements, as somebody has changed them.
+    /// Tables of the extension's that are read or written by statements, as somebody has changed them.
     pub changed_tables: Vec<&'static str>,
     /// The oldest transaction that keeps old versions of rows, and its age.
     pub oldest: Option<(String, TimeDelta)>,
@@ -55,6 +57,7 @@ pub struct Check {
 /// Judges the facts, always about the same things in the same order.
 pub fn checks(facts: &Facts) -> Vec<Check> {
     let trouble = [
+        ("backlog", backlog(facts)),
         ("worker", worker(facts)),
         ("stale_claims", stale_claims(facts)),
         ("worker_errors", worker_errors(facts)),
@@ -67,6 +70,11 @@ pub fn checks(facts: &Facts) -> Vec<Check> {
 }
 
 type Trouble = Option<(String, &'static str)>;
+
+fn backlog(facts: &Facts) -> Trouble {
+    let error = facts.unusable_backlog.clone()?;
+    Some((error, "Claims fail until it is mended: any call of claim_sd() tells more."))
+}
 
 fn worker(facts: &Facts) -> Trouble {
     (!facts.is_worker_on).then(|| {
@@ -117,8 +125,8 @@ fn heartbeat_board(facts: &Facts) -> Trouble {
 fn direct_access(facts: &Facts) -> Trouble {
     (!facts.changed_tables.is_empty()).then(|| {
         (
-            format!("written by statements, which takes several times as long: {}", facts.changed_tables.join(", ")),
-            "These tables have a trigger, constraint, column, rule, index or row-level security that the extension did not make, or lack one that it made.",
+            format!("changed, so that claims take several times as long: {}", facts.changed_tables.join(", ")),
+            "These tables have a trigger, constraint, column, rule, index or row-level security that the extension did not make, lack one that it made, or belong to another role.",
         )
     })
 }
@@ -158,6 +166,7 @@ mod tests {
     fn well() -> Facts {
         Facts {
             at: DateTime::from_timestamp(1_000_000, 0).unwrap(),
+            unusable_backlog: None,
             is_worker_on: true,
             reap_interval: TimeDelta::seconds(10),
             due: (0, TimeDelta::zero()),
@@ -177,7 +186,7 @@ mod tests {
     #[test]
     fn all_is_well() {
         assert!(troubles(&well()).is_empty());
-        assert_eq!(checks(&well()).len(), 7);
+        assert_eq!(checks(&well()).len(), 8);
     }
 
     #[test]
@@ -185,6 +194,7 @@ mod tests {
         let at = well().at;
         let second = TimeDelta::seconds(1);
         let cases = [
+            ("backlog", Facts { unusable_backlog: Some("no".into()), ..well() }),
             ("worker", Facts { is_worker_on: false, ..well() }),
             ("stale_claims", Facts { due: (1, TimeDelta::seconds(31)), ..well() }),
             ("worker_errors", Facts { last_error: Some((at - second, "no".into())), ..well() }),

@@ -88,7 +88,6 @@ const FUNCTIONS: &[(Level, &[&str])] = &[
             "latest_heartbeat",
             "heartbeat_board",
             "lifecycle_events_since",
-            "coordination_check",
         ],
     ),
     (
@@ -124,6 +123,7 @@ const FUNCTIONS: &[(Level, &[&str])] = &[
             "takeover_sd",
             "guard_table",
             "unguard_table",
+            "coordination_check",
             "cleanup_stale_sessions",
             "prune_history",
         ],

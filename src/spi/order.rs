@@ -147,7 +147,7 @@ pub fn append_visible(db: &Db<'_>, limit: i32) -> Result<usize> {
     // Most looks find nothing to do, and then write nothing.
     if let Some(Kept { frontier: mut peeked, .. }) = peek(db)? {
         let is_idle = if peeked.gaps.is_empty() {
-            db.first_row(&IS_NEW, &[peeked.scanned_to.into()])?.is_none()
+            db.run_by_index(&IS_NEW, &[peeked.scanned_to.into()])?.is_empty()
         } else {
             let before = peeked.clone();
             look(db, &mut peeked, limit)?.is_empty() && peeked == before
@@ -178,7 +178,7 @@ pub fn append_visible(db: &Db<'_>, limit: i32) -> Result<usize> {
 fn look(db: &Db<'_>, frontier: &mut Frontier, limit: i32) -> Result<Vec<i64>> {
     let (first, last) = bounds(frontier);
     let arguments = [frontier.scanned_to.into(), first.into(), last.into(), limit.into()];
-    let row = db.run(&LOOK, &arguments)?.first();
+    let row = db.run_by_index(&LOOK, &arguments)?.first();
     let moment =
         Moment { xmin: row.required_bigint(1, "pg_current_snapshot()")?, next_xid: next_xid() };
     let list = |position| -> Result<Vec<i64>> {
@@ -230,7 +230,7 @@ static ANNOUNCED_TO: Statement = Statement::new(
 /// not flooded with the past once they are told again. Returns how many it went past.
 pub fn announce(db: &Db<'_>, limit: i32, aloud: bool) -> Result<usize> {
     if let Some(Kept { announced_to, .. }) = peek(db)?
-        && db.first_row(&IS_MORE, &[announced_to.into()])?.is_none()
+        && db.run_by_index(&IS_MORE, &[announced_to.into()])?.is_empty()
     {
         return Ok(0);
     }
@@ -238,7 +238,8 @@ pub fn announce(db: &Db<'_>, limit: i32, aloud: bool) -> Result<usize> {
         return Ok(0);
     };
     let kinds: Vec<String> = ANNOUNCED.iter().map(|kind| kind.name().to_owned()).collect();
-    let mut rows = db.run(&UNANNOUNCED, &[announced_to.into(), limit.into(), kinds.into()])?;
+    let mut rows =
+        db.run_by_index(&UNANNOUNCED, &[announced_to.into(), limit.into(), kinds.into()])?;
     let mut notices = Vec::new();
     let (mut passed, mut last) = (0, announced_to);
     while rows.next().is_some() {

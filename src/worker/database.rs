@@ -34,8 +34,7 @@ const SETTINGS: &[(&CStr, &CStr)] = &[
     // What is lost in a crash is done again. Commits of others after it make it durable as well. Not
     // so the order of events, which others read at once: see `round`.
     (c"synchronous_commit", c"off"),
-    // A plan that was made while a table was small must do when it has grown.
-    (c"enable_seqscan", c"off"),
+    // Its statements run again and again with arguments that make no difference.
     (c"plan_cache_mode", c"force_generic_plan"),
     // The worker passes locked rows by; where it cannot, others must not wait for it for long.
     (c"lock_timeout", c"1s"),

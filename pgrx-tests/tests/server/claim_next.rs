@@ -86,7 +86,9 @@ fn what_the_queue_gives_is_the_first_that_its_view_shows_as_available() {
                SELECT 'SD-' || n, pick('{{draft,draft,draft,active,Completed,deferred}}'),
                       pick('{{critical,high,medium,low,P2,odd}}'), pick('{{1,2,3,NULL}}')::integer,
                       pick('{{A,B,NULL}}'),
-                      replace(pick(ARRAY['[]', '[]', '[]', '["$"]', '["$", "$"]', 'null', '"$"', '[7]', '[null]']), '$',
+                      replace(pick(ARRAY['[]', '[]', '[]', '[]', '[]', '["?"]', '["?", "?"]', 'null', '"?"', '[7]', '[null]', '[true]',
+                                          '[{{"$serde_json::private::Number": "x"}}]',
+                                          repeat('[', 200) || repeat(']', 200)]), '?',
                               'SD-' || ceil(random() * 60))::jsonb,
                       CASE WHEN random() < 0.2 THEN 'SD-' || ceil(random() * 60) END
                  FROM generate_series(1, 60) n;

@@ -73,7 +73,7 @@ pub struct Opened<'a> {
 pub fn open(db: &Db<'_>, opened: Opened<'_>) -> Result<Option<(i64, DateTime<Utc>)>> {
     let table = Table::to_write(db, Name::Claims)?;
     if table.may_be_written() {
-        return open_directly(db, &table, opened).map(Some);
+        return open_directly(db, &table, opened);
     }
     let Opened { sd_id, session_id, track, hostname, codebase, took_over, queued } = opened;
     let _opening = Opening::new();
@@ -97,8 +97,19 @@ pub fn open(db: &Db<'_>, opened: Opened<'_>) -> Result<Option<(i64, DateTime<Utc
 }
 
 /// The SD is locked, and nobody holds it, so that no acquisition of it is open; one that somebody has
-/// opened past the functions and the triggers is the unique index's error.
-fn open_directly(db: &Db<'_>, table: &Table, opened: Opened<'_>) -> Result<(i64, DateTime<Utc>)> {
+/// opened past the functions and the triggers is the unique index's error. But the queue must be able to
+/// pass such an SD over.
+fn open_directly(
+    db: &Db<'_>,
+    table: &Table,
+    opened: Opened<'_>,
+) -> Result<Option<(i64, DateTime<Utc>)>> {
+    let open = Key::Text(opened.sd_id);
+    if opened.queued.is_some()
+        && table.find(&Snapshot::take(), column::OPEN_BY_SD_ID, open).is_some()
+    {
+        return Ok(None);
+    }
     let claim_id = next_id(db)?;
     let claimed_at = time::now();
     let queued = opened.queued;
@@ -115,7 +126,7 @@ fn open_directly(db: &Db<'_>, table: &Table, opened: Opened<'_>) -> Result<(i64,
             .set(column::QUEUE_REASON, queued.map(|queued| queued.reason.as_str()))
             .set(column::QUEUE_TRACK, queued.and_then(|queued| queued.track)),
     );
-    Ok((claim_id, claimed_at))
+    Ok(Some((claim_id, claimed_at)))
 }
 
 /// The next fencing token.

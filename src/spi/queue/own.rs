@@ -1,8 +1,8 @@
 //! Choosing from the extension's own backlog, without a statement: most of what that takes is spent before
 //! it reads the first row.
 //!
-//! By the rules of `v_sd_queue`. What is chosen wrongly costs no more than time: the claim refuses it, and
-//! the queue passes it over. What this cannot tell of an SD is left to the statement.
+//! By the rules of `v_sd_queue`; what this cannot tell of an SD is left to the statement. The claim looks
+//! again at all but the SDs that this one waits for.
 
 use serde_json::Value;
 
@@ -24,6 +24,9 @@ enum Eligible {
     Unknown,
 }
 
+/// So many SDs are asked about one by one; then one statement for all of them is quicker.
+const MOST_UNKNOWN: usize = 8;
+
 /// Chooses and locks the first eligible SD that nobody has locked. The outer `None` where that cannot be done
 /// here; `by_statement` chooses and locks one of which only a statement can tell whether it is eligible.
 pub fn next(
@@ -38,36 +41,51 @@ pub fn next(
     if !backlog.has(column::BY_PARENT) {
         return Ok(None);
     }
+    // The claim refuses an SD of which the backlog was wrong to say that nobody holds it; then it is not
+    // believed again.
+    let trusts_backlog = passed.is_empty();
     let mut choice = None;
+    let mut unknown = 0;
     let walked = backlog.walk(&snapshot, column::IN_QUEUE, |row| {
         pgrx::check_for_interrupts!();
         let sd_id = row.required_text(column::SD_ID, "strategic_directives_v2.sd_id")?;
         if track.is_some_and(|track| !row.says(column::TRACK, track)) || passed.contains(&sd_id) {
             return Ok(false);
         }
-        choice = match is_eligible(db, &backlog, &sessions, &snapshot, &sd_id, row)? {
+        if directive::is_terminal(db, row.text(column::STATUS)?.as_deref())?
+            || !(trusts_backlog && directive::says_free(row)?)
+                && is_claimed(db, &sessions, &snapshot, &sd_id)?
+        {
+            return Ok(false);
+        }
+        choice = match is_eligible(db, &backlog, &snapshot, &sd_id, row)? {
             Eligible::Yes => lock(db, &sd_id, row)?,
             Eligible::No => None,
-            Eligible::Unknown => by_statement(&sd_id)?,
+            Eligible::Unknown => {
+                unknown += 1;
+                if unknown > MOST_UNKNOWN {
+                    return Ok(true);
+                }
+                by_statement(&sd_id)?
+            }
         };
         Ok(choice.is_some())
     });
+    if unknown > MOST_UNKNOWN {
+        return Ok(None);
+    }
     walked.map(|walked| walked.map(|_| choice)).transpose()
 }
 
-/// Whether the SD could be claimed.
+/// Whether the SD, which is unfinished and which nobody holds, could be claimed.
 fn is_eligible(
     db: &Db<'_>,
     backlog: &Table,
-    sessions: &Table,
     snapshot: &Snapshot,
     sd_id: &str,
     row: &TableRow,
 ) -> Result<Eligible> {
-    if directive::is_terminal(db, row.text(column::STATUS)?.as_deref())?
-        || is_claimed(db, sessions, snapshot, sd_id, row)?
-        || hold::find(db, snapshot, sd_id)?.is_some()
-    {
+    if hold::find(db, snapshot, sd_id)?.is_some() {
         return Ok(Eligible::No);
     }
     // That index has unfinished ones only.
@@ -88,16 +106,7 @@ fn is_eligible(
 }
 
 /// Whether a live session holds the SD.
-fn is_claimed(
-    db: &Db<'_>,
-    sessions: &Table,
-    snapshot: &Snapshot,
-    sd_id: &str,
-    row: &TableRow,
-) -> Result<bool> {
-    if directive::says_free(row)? {
-        return Ok(false);
-    }
+fn is_claimed(db: &Db<'_>, sessions: &Table, snapshot: &Snapshot, sd_id: &str) -> Result<bool> {
     let Some(holder) = sessions.find(snapshot, sessions::BY_SD_ID, Key::Text(sd_id)) else {
         return Ok(false);
     };
@@ -107,20 +116,29 @@ fn is_claimed(
         || holder.claim_id.is_some_and(guard::is_held))
 }
 
-/// Whether the SD waits for another one. `None` where its dependencies are something else than texts.
+/// Whether the SD waits for another one. `None` where its dependencies are not plain keys.
 fn waits(
     db: &Db<'_>,
     backlog: &Table,
     snapshot: &Snapshot,
     row: &TableRow,
 ) -> Result<Option<bool>> {
-    let keys = match row.json(column::DEPENDENCIES) {
-        None | Some(Value::Null) => return Ok(Some(false)),
-        Some(Value::Array(keys)) => keys,
-        Some(_) => return Ok(Some(true)),
+    let Some(text) = row.json_text(column::DEPENDENCIES) else {
+        return Ok(Some(false));
+    };
+    // The server takes what is nested more deeply, and larger numbers.
+    let keys = match serde_json::from_str(&text) {
+        Ok(Value::Null) => return Ok(Some(false)),
+        Ok(Value::Array(keys)) => keys,
+        Ok(_) => return Ok(Some(true)),
+        Err(_) => return Ok(None),
     };
     for key in keys {
-        let Value::String(key) = key else { return Ok(None) };
+        let key = match key {
+            Value::String(key) => key,
+            Value::Null => return Ok(Some(true)),
+            _ => return Ok(None),
+        };
         let Some(other) = backlog.find(snapshot, column::BY_SD_ID, Key::Text(&key)) else {
             return Ok(Some(true));
         };
@@ -138,7 +156,7 @@ fn lock(db: &Db<'_>, sd_id: &str, seen: &TableRow) -> Result<Option<Choice>> {
         return Ok(None);
     };
     let is_as_seen = !directive::is_terminal(db, row.text(column::STATUS)?.as_deref())?
-        && row.json(column::DEPENDENCIES) == seen.json(column::DEPENDENCIES)
+        && row.json_text(column::DEPENDENCIES) == seen.json_text(column::DEPENDENCIES)
         && row.text(column::TRACK)? == seen.text(column::TRACK)?
         && row.flag(column::IS_WORKING_ON)? == seen.flag(column::IS_WORKING_ON)?
         && row.text(column::ACTIVE_SESSION_ID)? == seen.text(column::ACTIVE_SESSION_ID)?;

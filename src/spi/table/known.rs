@@ -8,7 +8,7 @@ use pgrx::{JsonB, pg_sys};
 use serde::Deserialize;
 
 use super::Name;
-use super::layout::{self, Layout};
+use super::layout::{self, BTREE, Layout};
 use crate::error::Result;
 use crate::spi::statement::{Db, required};
 
@@ -190,6 +190,10 @@ impl Known {
         self.indexes[index.0]
     }
 
+    pub(super) fn has_all_spare_indexes(&self) -> bool {
+        self.spare_indexes.iter().all(Option::is_some)
+    }
+
     pub(super) fn spare_index(&self, index: layout::SpareIndex) -> Option<pg_sys::Oid> {
         self.spare_indexes[index.0]
     }
@@ -203,7 +207,7 @@ fn has_columns(layout: &Layout, columns: &[String]) -> bool {
 /// The indexes by which the table is read.
 fn indexes(layout: &Layout, table: pg_sys::Oid, schema: pg_sys::Oid) -> Option<Vec<pg_sys::Oid>> {
     let find = |(name, column): &(&str, &str)| {
-        find_index(layout, table, schema, name, std::slice::from_ref(column))
+        find_index(layout, table, schema, name, std::slice::from_ref(column), BTREE)
     };
     layout.indexes.iter().map(find).collect()
 }
@@ -214,11 +218,13 @@ fn spare_indexes(
     table: pg_sys::Oid,
     schema: pg_sys::Oid,
 ) -> Vec<Option<pg_sys::Oid>> {
-    let find = |(name, columns): &(&str, &[&str])| find_index(layout, table, schema, name, columns);
+    let find = |(name, columns, method): &(&str, &[&str], u32)| {
+        find_index(layout, table, schema, name, columns, *method)
+    };
     layout.spare_indexes.iter().map(find).collect()
 }
 
-/// An index by its name, whatever snapshot the transaction keeps, and only while it can be relied on (one
+/// An index of that access method by its name, whatever snapshot the transaction keeps, and only while it can be relied on (one
 /// that is being built under that name misses rows) and begins with these columns.
 fn find_index(
     layout: &Layout,
@@ -226,6 +232,7 @@ fn find_index(
     schema: pg_sys::Oid,
     name: &str,
     columns: &[&str],
+    method: u32,
 ) -> Option<pg_sys::Oid> {
     // An expression has no name, and the position 0.
     let position = |column: &&str| match *column {
@@ -248,7 +255,15 @@ fn find_index(
         let is_sound =
             form.indisvalid && form.indrelid == table && all.starts_with(positions.as_slice());
         pg_sys::ReleaseSysCache(entry);
-        is_sound.then_some(index)
+        let entry =
+            pg_sys::SearchSysCache1(pg_sys::SysCacheIdentifier::RELOID as i32, index.into());
+        if entry.is_null() {
+            return None;
+        }
+        let form = &*pg_sys::GETSTRUCT(entry).cast::<pg_sys::FormData_pg_class>();
+        let is_of_method = form.relam == pg_sys::Oid::from(method);
+        pg_sys::ReleaseSysCache(entry);
+        (is_sound && is_of_method).then_some(index)
     }
 }
 

@@ -2,6 +2,10 @@
 
 use pgrx::pg_sys::BuiltinOid;
 
+/// The access method B-tree, by its number in every server.
+pub const BTREE: u32 = 403;
+const HASH: u32 = 405;
+
 /// A table: the names of what belongs to it, in the order in which it was made.
 pub struct Layout {
     /// Its name.
@@ -15,9 +19,9 @@ pub struct Layout {
     /// Those of its indexes by which it is read, and the first column of each; that of the primary key
     /// comes first.
     pub indexes: &'static [(&'static str, &'static str)],
-    /// Those by which it may be read as well where they are there, and the columns of each, with no name
-    /// for an expression.
-    pub spare_indexes: &'static [(&'static str, &'static [&'static str])],
+    /// Those by which it may be read as well where they are there, the columns of each, with no name for an
+    /// expression, and its access method.
+    pub spare_indexes: &'static [(&'static str, &'static [&'static str], u32)],
     /// Those of its indexes that are partial or on expressions.
     pub computed: &'static [&'static str],
     /// The triggers whose work a direct write does itself.
@@ -210,7 +214,7 @@ pub mod claims {
         ],
         not_null: &["claim_id", "sd_id", "session_id", "claimed_at"],
         key: Some("claim_id"),
-        indexes: &[("sd_claims_pkey", "claim_id")],
+        indexes: &[("sd_claims_pkey", "claim_id"), ("sd_claims_open_key", "sd_id")],
         spare_indexes: &[],
         computed: &["sd_claims_open_key"],
         triggers: &[
@@ -237,6 +241,7 @@ pub mod claims {
     pub const QUEUE_TRACK: usize = LAYOUT.column("queue_track");
 
     pub const BY_CLAIM_ID: Index = LAYOUT.index("sd_claims_pkey");
+    pub const OPEN_BY_SD_ID: Index = LAYOUT.index("sd_claims_open_key");
 }
 
 /// `session_lifecycle_events`.
@@ -365,7 +370,7 @@ pub mod conflicts {
 pub mod directives {
     use pgrx::pg_sys::BuiltinOid::{BOOLOID, INT4OID, JSONBOID, TEXTOID, TIMESTAMPTZOID};
 
-    use super::{Index, Layout, SpareIndex};
+    use super::{BTREE, HASH, Index, Layout, SpareIndex};
 
     /// The table.
     pub const LAYOUT: Layout = Layout {
@@ -398,8 +403,8 @@ pub mod directives {
         key: Some("sd_id"),
         indexes: &[("strategic_directives_v2_pkey", "sd_id")],
         spare_indexes: &[
-            ("strategic_directives_v2_queue_idx", &["", "", "created_at", "sd_id"]),
-            ("strategic_directives_v2_parent_idx", &["parent_sd_id"]),
+            ("strategic_directives_v2_queue_idx", &["", "", "created_at", "sd_id"], BTREE),
+            ("strategic_directives_v2_parent_idx", &["parent_sd_id"], HASH),
         ],
         computed: &["strategic_directives_v2_queue_idx", "strategic_directives_v2_parent_idx"],
         triggers: &[

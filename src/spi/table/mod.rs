@@ -123,9 +123,9 @@ impl Table {
         self.known.oid
     }
 
-    /// Whether the table is as the extension made it.
+    /// Whether the table is as the extension made it, with all indexes by which it is read.
     pub fn is_as_made(&self) -> bool {
-        self.known.is_as_made
+        self.known.is_as_made && self.known.has_all_spare_indexes()
     }
 
     /// Whether the table may be written directly: it has just the triggers and constraints that the

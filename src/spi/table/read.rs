@@ -5,7 +5,7 @@ use std::ffi::CStr;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use pgrx::datum::{Interval, TimestampWithTimeZone};
-use pgrx::{FromDatum, IntoDatum, JsonB, PgMemoryContexts, pg_sys};
+use pgrx::{FromDatum, IntoDatum, PgMemoryContexts, pg_sys};
 
 use super::layout::{Index, SpareIndex};
 use super::{Snapshot, Table, places};
@@ -260,9 +260,18 @@ impl TableRow {
         }
     }
 
-    /// A column of type jsonb, if it is not NULL.
-    pub fn json(&self, position: usize) -> Option<serde_json::Value> {
-        self.get::<JsonB>(position).map(|JsonB(value)| value)
+    /// A column of type jsonb as the server writes it, if it is not NULL.
+    pub fn json_text(&self, position: usize) -> Option<String> {
+        if self.is_null(position) {
+            return None;
+        }
+        // SAFETY: a function of the server's that takes jsonb, which the column is, and makes a text of its own.
+        unsafe {
+            let value = *(*self.slot).tts_values.add(position - 1);
+            let written = pgrx::direct_function_call_as_datum(pg_sys::jsonb_out, &[Some(value)])?;
+            let text = CStr::from_ptr(written.cast_mut_ptr());
+            Some(text.to_string_lossy().into_owned())
+        }
     }
 
     /// A name that is never NULL.
