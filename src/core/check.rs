@@ -22,18 +22,22 @@ pub struct Facts {
     pub is_worker_on: bool,
     /// How often stale claims are looked for.
     pub reap_interval: TimeDelta,
-    /// How many claims could be ended, and for how long the first of them has been due.
-    pub due: (i64, TimeDelta),
+    /// How many claims could be ended, and for how long the first of them has been due; `None` where that
+    /// cannot be told.
+    pub due: Option<(i64, TimeDelta)>,
     /// What went wrong last, and when.
     pub last_error: Option<(DateTime<Utc>, String)>,
     /// The heartbeat board, if there is one.
     pub board: Option<Board>,
+    /// Tables of the extension's that lack an index or a column without which nothing works.
+    pub broken_tables: Vec<&'static str>,
     /// Tables of the extension's that are read or written by statements, as somebody has changed them.
     pub changed_tables: Vec<&'static str>,
     /// The oldest transaction that keeps old versions of rows, and its age.
     pub oldest: Option<(String, TimeDelta)>,
-    /// How many SDs of which the backlog says something else than the sessions.
-    pub out_of_step: i64,
+    /// How many SDs of which the backlog says something else than the sessions; `None` where that cannot be
+    /// told.
+    pub out_of_step: Option<i64>,
 }
 
 /// How full the heartbeat board is.
@@ -54,19 +58,22 @@ pub struct Check {
     pub trouble: Option<(String, &'static str)>,
 }
 
-/// Judges the facts, always about the same things in the same order.
+/// Judges the facts, in the same order always; leaves out what could not be looked at.
 pub fn checks(facts: &Facts) -> Vec<Check> {
-    let trouble = [
-        ("backlog", backlog(facts)),
-        ("worker", worker(facts)),
-        ("stale_claims", stale_claims(facts)),
-        ("worker_errors", worker_errors(facts)),
-        ("heartbeat_board", heartbeat_board(facts)),
-        ("direct_access", direct_access(facts)),
-        ("old_transactions", old_transactions(facts)),
-        ("is_working_on", is_working_on(facts)),
+    let checks = [
+        ("backlog", Some(backlog(facts))),
+        ("tables", Some(tables(facts))),
+        ("worker", Some(worker(facts))),
+        ("stale_claims", facts.due.map(|due| stale_claims(facts, due))),
+        ("worker_errors", Some(worker_errors(facts))),
+        ("heartbeat_board", Some(heartbeat_board(facts))),
+        ("direct_access", Some(direct_access(facts))),
+        ("old_transactions", Some(old_transactions(facts))),
+        ("is_working_on", facts.out_of_step.map(is_working_on)),
     ];
-    trouble.into_iter().map(|(name, trouble)| Check { name, trouble }).collect()
+    let check =
+        |(name, looked): (_, Option<Trouble>)| looked.map(|trouble| Check { name, trouble });
+    checks.into_iter().filter_map(check).collect()
 }
 
 type Trouble = Option<(String, &'static str)>;
@@ -74,6 +81,15 @@ type Trouble = Option<(String, &'static str)>;
 fn backlog(facts: &Facts) -> Trouble {
     let error = facts.unusable_backlog.clone()?;
     Some((error, "Claims fail until it is mended: any call of claim_sd() tells more."))
+}
+
+fn tables(facts: &Facts) -> Trouble {
+    (!facts.broken_tables.is_empty()).then(|| {
+        (
+            format!("lacking an index or a column, so that claims fail: {}", facts.broken_tables.join(", ")),
+            "Make what is missing again as the extension's installation script has it; an index that could not be built is invalid.",
+        )
+    })
 }
 
 fn worker(facts: &Facts) -> Trouble {
@@ -85,8 +101,7 @@ fn worker(facts: &Facts) -> Trouble {
     })
 }
 
-fn stale_claims(facts: &Facts) -> Trouble {
-    let (count, lag) = facts.due;
+fn stale_claims(facts: &Facts, (count, lag): (i64, TimeDelta)) -> Trouble {
     // One run may be under way, and another one may have passed a locked row by.
     (count > 0 && lag > facts.reap_interval * 3).then(|| {
         (
@@ -141,10 +156,10 @@ fn old_transactions(facts: &Facts) -> Trouble {
     })
 }
 
-fn is_working_on(facts: &Facts) -> Trouble {
-    (facts.out_of_step > 0).then(|| {
+fn is_working_on(out_of_step: i64) -> Trouble {
+    (out_of_step > 0).then(|| {
         (
-            format!("SDs of which the backlog says something else than the sessions: {}", facts.out_of_step),
+            format!("SDs of which the backlog says something else than the sessions: {out_of_step}"),
             "Somebody has written past the triggers. A claim and a release set an SD right; sessions are the truth.",
         )
     })
@@ -169,12 +184,13 @@ mod tests {
             unusable_backlog: None,
             is_worker_on: true,
             reap_interval: TimeDelta::seconds(10),
-            due: (0, TimeDelta::zero()),
+            due: Some((0, TimeDelta::zero())),
+            broken_tables: Vec::new(),
             last_error: None,
             board: Some(Board { capacity: 16, refused: 0 }),
             changed_tables: Vec::new(),
             oldest: Some(("process 7".into(), LONG_TRANSACTION)),
-            out_of_step: 0,
+            out_of_step: Some(0),
         }
     }
 
@@ -186,7 +202,9 @@ mod tests {
     #[test]
     fn all_is_well() {
         assert!(troubles(&well()).is_empty());
-        assert_eq!(checks(&well()).len(), 8);
+        assert_eq!(checks(&well()).len(), 9);
+        let blind = Facts { due: None, out_of_step: None, ..well() };
+        assert_eq!(checks(&blind).len(), 7);
     }
 
     #[test]
@@ -195,8 +213,9 @@ mod tests {
         let second = TimeDelta::seconds(1);
         let cases = [
             ("backlog", Facts { unusable_backlog: Some("no".into()), ..well() }),
+            ("tables", Facts { broken_tables: vec!["sd_holds"], ..well() }),
             ("worker", Facts { is_worker_on: false, ..well() }),
-            ("stale_claims", Facts { due: (1, TimeDelta::seconds(31)), ..well() }),
+            ("stale_claims", Facts { due: Some((1, TimeDelta::seconds(31))), ..well() }),
             ("worker_errors", Facts { last_error: Some((at - second, "no".into())), ..well() }),
             ("heartbeat_board", Facts { board: None, ..well() }),
             ("heartbeat_board", Facts { board: Some(Board { capacity: 1, refused: 1 }), ..well() }),
@@ -205,13 +224,13 @@ mod tests {
                 "old_transactions",
                 Facts { oldest: Some(("x".into(), LONG_TRANSACTION + second)), ..well() },
             ),
-            ("is_working_on", Facts { out_of_step: 1, ..well() }),
+            ("is_working_on", Facts { out_of_step: Some(1), ..well() }),
         ];
         for (name, facts) in cases {
             assert_eq!(troubles(&facts), [name]);
         }
         let patient = [
-            Facts { due: (1, TimeDelta::seconds(30)), ..well() },
+            Facts { due: Some((1, TimeDelta::seconds(30))), ..well() },
             Facts { last_error: Some((at - RECENT, "no".into())), ..well() },
         ];
         for facts in patient {

@@ -179,6 +179,22 @@ fn adopt(catalog: Catalog) -> Rc<Catalog> {
 /// backlog, then the claims, which is the order of a change of the backlog and of whoever finishes
 /// an SD.
 pub fn lock_backlog(db: &Db<'_>) -> Result<()> {
+    lock(db, pg_sys::RowShareLock, true)?;
+    Ok(())
+}
+
+/// The catalogue, with the backlog as it is now, and stays as far as the lock of a reader can keep it.
+/// An error where it has code that must not run with the extension's rights, which the server does already
+/// when it plans a statement.
+pub fn usable_backlog(db: &Db<'_>) -> Result<Rc<Catalog>> {
+    let catalog = lock(db, pg_sys::AccessShareLock, false)?;
+    if let Some(backlog) = &catalog.backlog {
+        backlog.usable()?;
+    }
+    Ok(catalog)
+}
+
+fn lock(db: &Db<'_>, mode: u32, with_claims: bool) -> Result<Rc<Catalog>> {
     loop {
         let catalog = db.catalog()?;
         let backlog = catalog.backlog.as_ref().map(|backlog| backlog.table_oid);
@@ -186,12 +202,15 @@ pub fn lock_backlog(db: &Db<'_>) -> Result<()> {
         // which unwinds as usual. An id that is gone is locked without harm.
         unsafe {
             if let Some(backlog) = backlog {
-                pg_sys::LockRelationOid(backlog, pg_sys::RowShareLock as i32);
+                pg_sys::LockRelationOid(backlog, mode as i32);
             }
-            pg_sys::LockRelationOid(catalog.sd_claims, pg_sys::RowExclusiveLock as i32);
+            if with_claims {
+                pg_sys::LockRelationOid(catalog.sd_claims, pg_sys::RowExclusiveLock as i32);
+            }
         }
-        if db.catalog()?.backlog.as_ref().map(|backlog| backlog.table_oid) == backlog {
-            return Ok(());
+        let now = db.catalog()?;
+        if now.backlog.as_ref().map(|backlog| backlog.table_oid) == backlog {
+            return Ok(now);
         }
     }
 }

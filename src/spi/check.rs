@@ -3,7 +3,7 @@
 use chrono::TimeDelta;
 use pg_claims_core::check::{Board, Facts};
 
-use super::catalog::Catalog;
+use super::catalog;
 use super::row::Row;
 use super::statement::{Db, Statement};
 use super::table::{Name, Table};
@@ -12,15 +12,19 @@ use crate::board;
 use crate::error::Result;
 use crate::guc;
 
-static HEALTH: Statement = Statement::new(
+static DUE: Statement = Statement::new(
     |c| {
         format!(
-            "SELECT claims_due, pg_catalog.make_interval(secs => lag_seconds::double precision),
-                    last_error, last_error_at
+            "SELECT claims_due, pg_catalog.make_interval(secs => lag_seconds::double precision)
                FROM {}.v_worker_health",
             c.schema
         )
     },
+    &[],
+);
+
+static LAST_ERROR: Statement = Statement::new(
+    |c| format!("SELECT last_error, last_error_at FROM {}.worker_health", c.schema),
     &[],
 );
 
@@ -73,54 +77,56 @@ static OUT_OF_STEP: Statement = Statement::new(
 
 /// Gathers the facts.
 pub fn facts(db: &Db<'_>) -> Result<Facts> {
-    let catalog = db.catalog()?;
-    let unusable = catalog.backlog.as_ref().and_then(|backlog| backlog.usable().err());
+    let usable = catalog::usable_backlog(db);
+    let (broken_tables, changed_tables) = tables(db)?;
     let mut facts = Facts {
         at: time::now(),
-        unusable_backlog: unusable.map(|error| error.to_string()),
         is_worker_on: guc::worker(),
         reap_interval: guc::reap_interval(),
-        due: (0, TimeDelta::zero()),
+        due: None,
         last_error: None,
         board: board::fullness()
             .map(|full| Board { capacity: full.capacity, refused: full.refused }),
-        changed_tables: changed_tables(db, &catalog)?,
+        broken_tables,
+        changed_tables,
         oldest: None,
-        out_of_step: 0,
+        out_of_step: None,
+        unusable_backlog: usable.err().map(|error| error.to_string()),
     };
     if let Some(row) = db.first_row(&OLDEST, &[])? {
         facts.oldest = row.text(1)?.zip(row.time(2)?);
     }
-    // The server runs code of a table's owner already when it plans a statement on it.
+    if let Some(row) = db.first_row(&LAST_ERROR, &[])? {
+        facts.last_error = row.instant(2)?.zip(row.text(1)?);
+    }
     if facts.unusable_backlog.is_none() {
-        let health = db.run(&HEALTH, &[])?.first();
-        let due = health.required_bigint(1, "v_worker_health")?;
-        facts.due = (due, health.time(2)?.unwrap_or(TimeDelta::zero()));
-        facts.last_error = health.instant(4)?.zip(health.text(3)?);
-        facts.out_of_step =
-            db.run(&OUT_OF_STEP, &[])?.first().required_bigint(1, "v_directives")?;
+        let due = db.run(&DUE, &[])?.first();
+        let lag = due.time(2)?.unwrap_or(TimeDelta::zero());
+        facts.due = Some((due.required_bigint(1, "v_worker_health")?, lag));
+        let out_of_step = db.run(&OUT_OF_STEP, &[])?.first();
+        facts.out_of_step = Some(out_of_step.required_bigint(1, "v_directives")?);
     }
     Ok(facts)
 }
 
-/// The tables that are not read and written directly, or not always.
-fn changed_tables(db: &Db<'_>, catalog: &Catalog) -> Result<Vec<&'static str>> {
+/// The tables that cannot be used, and those that are not read and written directly, or not always.
+fn tables(db: &Db<'_>) -> Result<(Vec<&'static str>, Vec<&'static str>)> {
+    let catalog = db.catalog()?;
     let is_own_bound = catalog
         .backlog
         .as_ref()
         .is_some_and(|backlog| Some(backlog.table_oid) == catalog.own_backlog);
-    let mut changed = Vec::new();
+    let (mut broken, mut changed) = (Vec::new(), Vec::new());
     for name in Name::ALL {
         let is_backlog = name == Name::Directives;
-        if is_backlog && !is_own_bound {
-            continue;
-        }
-        let is_direct = catalog.table(name).is_some()
-            && (!is_backlog || catalog.is_own_backlog_in_use)
-            && Table::to_read(db, name)?.is_as_made();
-        if !is_direct {
+        if is_backlog && (!is_own_bound || !catalog.is_own_backlog_in_use) {
+            // A statement can do without all that.
+            changed.extend(is_own_bound.then_some(name.layout().name));
+        } else if catalog.table(name).is_none() {
+            broken.push(name.layout().name);
+        } else if !Table::to_read(db, name)?.is_as_made() {
             changed.push(name.layout().name);
         }
     }
-    Ok(changed)
+    Ok((broken, changed))
 }

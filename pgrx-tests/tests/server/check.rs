@@ -32,7 +32,7 @@ fn the_doctor_finds_a_new_database_well() {
     assert_eq!(without_triggers(warnings(&mut c)), Vec::<String>::new());
     let consistent = "SELECT count(*) FROM coordination_check()
                        WHERE (status = 'ok') = (detail IS NULL) AND (detail IS NULL) = (hint IS NULL)";
-    assert_eq!(count(&mut c, consistent), 8);
+    assert_eq!(count(&mut c, consistent), 9);
 }
 
 #[test]
@@ -106,5 +106,18 @@ fn the_doctor_answers_operators_and_nobody_else() {
         assert_eq!(sqlstate(&error), "42501", "{level}");
     }
     json(&mut c, "SELECT grant_coordination($1, 'operator')", &[&role]);
-    assert_eq!(count(&mut onlooker, "SELECT count(*) FROM coordination_check()"), 8);
+    assert_eq!(count(&mut onlooker, "SELECT count(*) FROM coordination_check()"), 9);
+}
+
+#[test]
+fn the_doctor_tells_of_indexes_that_are_missing() {
+    let (_db, mut c) = coordinated();
+    c.batch_execute("DROP INDEX strategic_directives_v2_parent_idx").unwrap();
+    let told = warnings(&mut c).concat();
+    assert!(told.starts_with("direct_access: "), "{told}");
+    assert!(told.contains("strategic_directives_v2"), "{told}");
+    c.batch_execute("DROP INDEX sd_conflict_matrix_open_b_idx").unwrap();
+    let told = warnings(&mut c);
+    let broken = "tables: lacking an index or a column, so that claims fail: sd_conflict_matrix";
+    assert!(told.contains(&broken.to_owned()), "{told:?}");
 }

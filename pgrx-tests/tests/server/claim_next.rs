@@ -133,6 +133,19 @@ fn what_the_queue_gives_is_the_first_that_its_view_shows_as_available() {
 }
 
 #[test]
+fn an_acquisition_that_nobody_holds_does_not_keep_the_rest() {
+    let (_db, mut c) =
+        with_backlog("('SD-1', 'high', NULL, NULL, NULL), ('SD-2', 'low', NULL, NULL, NULL)");
+    c.batch_execute(
+        "SET session_replication_role = replica;
+         INSERT INTO sd_claims (claim_id, sd_id, session_id) VALUES (77, 'SD-1', 'gone');
+         RESET session_replication_role",
+    )
+    .unwrap();
+    assert_eq!(next(&mut c, "s1")["sd_id"], "SD-2");
+}
+
+#[test]
 fn the_queue_does_without_its_indexes() {
     let (_db, mut c) = with_backlog(
         r#"('part', 'low', 1, NULL, NULL), ('whole', 'high', 1, NULL, NULL), ('late', 'high', 2, NULL, '["low"]'),

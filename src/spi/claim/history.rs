@@ -106,7 +106,7 @@ fn open_directly(
 ) -> Result<Option<(i64, DateTime<Utc>)>> {
     let open = Key::Text(opened.sd_id);
     if opened.queued.is_some()
-        && table.find(&Snapshot::take(), column::OPEN_BY_SD_ID, open).is_some()
+        && table.any(&Snapshot::take(), column::OPEN_BY_SD_ID, open, |_| Ok(true))?
     {
         return Ok(None);
     }

@@ -8,6 +8,7 @@ use super::table::TableFacts;
 use super::{attach, mirror};
 use crate::error::{ClaimError, Purpose, Result};
 use crate::identity;
+use crate::spi::catalog;
 use crate::spi::statement::{Db, required};
 use crate::spi::time;
 
@@ -62,7 +63,7 @@ pub fn unbind(db: &Db<'_>) -> Result<String> {
     let Some(table) = let_go(db)? else {
         return Err(ClaimError::NotBound);
     };
-    let schema = db.catalog()?.schema.clone();
+    let schema = catalog::usable_backlog(db)?.schema.clone();
     check_open_claims(db, &schema)?;
     correct_mirror(db)?;
     Ok(table)
@@ -94,6 +95,7 @@ fn let_go(db: &Db<'_>) -> Result<Option<String>> {
     let schema = &catalog.schema;
     let Some((table, columns)) = Columns::bound(db, schema)? else {
         // The extension's own table keeps its triggers; its mirror is cleared all the same.
+        catalog::usable_backlog(db)?;
         clear_mirror(db)?;
         return Ok(None);
     };

@@ -4,6 +4,7 @@ use pgrx::pg_sys::BuiltinOid::TEXTOID;
 
 use super::own;
 use crate::error::Result;
+use crate::spi::catalog;
 use crate::spi::row::Row;
 use crate::spi::statement::{Db, Statement};
 
@@ -33,13 +34,10 @@ static FIND: Statement = Statement::new(
 
 /// The SD that `key` names, if the backlog has it.
 pub fn find(db: &Db<'_>, key: &str) -> Result<Option<Found>> {
-    let catalog = db.catalog()?;
-    if let Some(backlog) = &catalog.backlog {
-        backlog.usable()?;
-    }
-    if catalog.is_own_backlog_in_use {
+    if db.catalog()?.is_own_backlog_in_use {
         return own::find(db, key);
     }
+    catalog::usable_backlog(db)?;
     let Some(row) = db.first_row(&FIND, &[key.into()])? else {
         return Ok(None);
     };

@@ -7,7 +7,6 @@
 mod own;
 
 use std::cell::RefCell;
-use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use pg_claims_core::cycle::{self, Circular};
@@ -173,7 +172,7 @@ fn choose(c: &Catalog, condition: &str) -> String {
 /// Chooses and locks an SD, unless there is none.
 pub fn next(db: &Db<'_>, among: Among<'_>, passed: &[String]) -> Result<Option<Choice>> {
     catalog::lock_backlog(db)?;
-    let catalog = usable(db)?;
+    let catalog = catalog::usable_backlog(db)?;
     let track = match among {
         Among::All => Some(None),
         Among::Track(track) => Some(Some(track)),
@@ -284,18 +283,9 @@ static CIRCULAR: Statement = Statement::new(
     &[TEXTOID],
 );
 
-/// The catalogue, unless the backlog has code that must not run with the extension's rights.
-fn usable(db: &Db<'_>) -> Result<Rc<Catalog>> {
-    let catalog = db.catalog()?;
-    if let Some(backlog) = &catalog.backlog {
-        backlog.usable()?;
-    }
-    Ok(catalog)
-}
-
 /// What keeps the unfinished SDs.
 pub fn shortage(db: &Db<'_>, track: Option<&str>) -> Result<Shortage> {
-    usable(db)?;
+    catalog::usable_backlog(db)?;
     let mut shortage = Shortage { track: track.map(str::to_owned), ..Shortage::default() };
     let mut rows = db.run_by_index(&COUNTS, &[track.into()])?;
     while rows.next().is_some() {
@@ -328,7 +318,7 @@ static WAITS: Statement = Statement::new(
 
 /// The SDs that wait for themselves.
 pub fn cycles(db: &Db<'_>) -> Result<Vec<Circular>> {
-    usable(db)?;
+    catalog::usable_backlog(db)?;
     let mut rows = db.run_by_index(&WAITS, &[])?;
     let mut waits = Vec::with_capacity(rows.len());
     while rows.next().is_some() {
@@ -355,7 +345,7 @@ static LIST: Statement = Statement::new(
 
 /// The first `limit` of the queue.
 pub fn list(db: &Db<'_>, track: Option<&str>, limit: Option<i64>) -> Result<Vec<Entry>> {
-    usable(db)?;
+    catalog::usable_backlog(db)?;
     let mut rows = db.run_by_index(&LIST, &[track.into(), limit.into()])?;
     let mut entries = Vec::with_capacity(rows.len());
     while rows.next().is_some() {

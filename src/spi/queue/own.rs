@@ -88,9 +88,11 @@ fn is_eligible(
     if hold::find(db, snapshot, sd_id)?.is_some() {
         return Ok(Eligible::No);
     }
-    // That index has unfinished ones only.
-    let is_part = |part: &TableRow| part.says(column::PARENT_SD_ID, sd_id);
-    if backlog.any_hashed(snapshot, column::BY_PARENT, Key::Text(sd_id), is_part) {
+    let is_part = |part: &TableRow| {
+        Ok(part.says(column::PARENT_SD_ID, sd_id)
+            && !directive::is_terminal(db, part.text(column::STATUS)?.as_deref())?)
+    };
+    if backlog.any(snapshot, column::BY_PARENT, Key::Text(sd_id), is_part)? {
         return Ok(Eligible::No);
     }
     match waits(db, backlog, snapshot, row)? {

@@ -195,7 +195,7 @@ impl Known {
     }
 
     pub(super) fn spare_index(&self, index: layout::SpareIndex) -> Option<pg_sys::Oid> {
-        self.spare_indexes[index.0]
+        self.spare_indexes[index.at]
     }
 }
 

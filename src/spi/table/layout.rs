@@ -36,7 +36,17 @@ pub struct Index(pub(super) usize);
 
 /// One that the table may be without.
 #[derive(Debug, Clone, Copy)]
-pub struct SpareIndex(pub(super) usize);
+pub struct SpareIndex {
+    pub(super) at: usize,
+    method: u32,
+}
+
+impl SpareIndex {
+    /// Whether it is a hash index, in which one key may stand for several.
+    pub(super) fn is_hashed(self) -> bool {
+        self.method == HASH
+    }
+}
 
 impl Layout {
     /// A column's position; they count from 1.
@@ -75,7 +85,7 @@ impl Layout {
         while !is_same(self.spare_indexes[at].0.as_bytes(), name.as_bytes()) {
             at += 1;
         }
-        SpareIndex(at)
+        SpareIndex { at, method: self.spare_indexes[at].2 }
     }
 }
 
@@ -192,7 +202,7 @@ pub mod sessions {
 pub mod claims {
     use pgrx::pg_sys::BuiltinOid::{INT8OID, TEXTOID, TIMESTAMPTZOID};
 
-    use super::{Index, Layout};
+    use super::{BTREE, Index, Layout, SpareIndex};
 
     /// The table.
     pub const LAYOUT: Layout = Layout {
@@ -214,8 +224,8 @@ pub mod claims {
         ],
         not_null: &["claim_id", "sd_id", "session_id", "claimed_at"],
         key: Some("claim_id"),
-        indexes: &[("sd_claims_pkey", "claim_id"), ("sd_claims_open_key", "sd_id")],
-        spare_indexes: &[],
+        indexes: &[("sd_claims_pkey", "claim_id")],
+        spare_indexes: &[("sd_claims_open_key", &["sd_id"], BTREE)],
         computed: &["sd_claims_open_key"],
         triggers: &[
             "sd_claims_protect_insert_trigger",
@@ -241,7 +251,7 @@ pub mod claims {
     pub const QUEUE_TRACK: usize = LAYOUT.column("queue_track");
 
     pub const BY_CLAIM_ID: Index = LAYOUT.index("sd_claims_pkey");
-    pub const OPEN_BY_SD_ID: Index = LAYOUT.index("sd_claims_open_key");
+    pub const OPEN_BY_SD_ID: SpareIndex = LAYOUT.spare_index("sd_claims_open_key");
 }
 
 /// `session_lifecycle_events`.

@@ -104,22 +104,20 @@ impl Table {
         self.known.spare_index(index).is_some()
     }
 
-    /// Whether there is a row that meets the condition, of those with this key in a hash index. No where there
-    /// is no such index.
-    pub fn any_hashed(
+    /// Whether there is a row that meets the condition, of those that the index may have this key for. No
+    /// where there is no such index.
+    pub fn any(
         &self,
         snapshot: &Snapshot,
         index: SpareIndex,
         key: Key<'_>,
-        condition: impl Fn(&TableRow) -> bool,
-    ) -> bool {
+        condition: impl Fn(&TableRow) -> Result<bool>,
+    ) -> Result<bool> {
         let Some(by) = self.known.spare_index(index) else {
-            return false;
+            return Ok(false);
         };
-        let row = self.empty_row();
-        let found = self
-            .scan(snapshot, by, Way::Hashed(key), &row, |row| Ok::<_, Infallible>(condition(row)));
-        found.unwrap_or_else(|never| match never {})
+        let way = if index.is_hashed() { Way::Hashed(key) } else { Way::Equal(key) };
+        self.scan(snapshot, by, way, &self.empty_row(), condition)
     }
 
     /// Visits rows in the order of an index, until `is_it`, which may look at other tables, says to stop.
