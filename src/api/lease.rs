@@ -61,8 +61,7 @@ pub fn is_claim_live(
     p_claim_id: Option<i64>,
 ) -> Option<bool> {
     let lease = lease(p_heartbeat_at, p_silent_until, p_stale_after, p_claimed_at)?;
-    // An open transaction that guards the claim is a sign of life.
-    Some(lease.reclaimable_at(&guc::lease_rules()) > time::now() || guard::is_held(p_claim_id?))
+    guard::is_live(&lease, p_claim_id)
 }
 
 fn lease(

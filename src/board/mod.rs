@@ -11,7 +11,7 @@ mod saved;
 
 use std::cell::Cell;
 
-use pg_claims_core::board::{Entry, Held, Key};
+use pg_claims_core::board::{Entry, Fullness, Held, Key};
 use pgrx::pg_sys;
 
 use memory::Board;
@@ -184,17 +184,6 @@ fn remove_where(is_gone: impl Fn(&Entry) -> bool) {
             shelf.remove(&key, key.hash());
         }
     });
-}
-
-/// How full the board is.
-#[derive(Debug)]
-pub struct Fullness {
-    /// For how many sessions it was made.
-    pub capacity: i64,
-    /// How many it holds, of all databases.
-    pub entries: i64,
-    /// How many times it had no room for one.
-    pub refused: i64,
 }
 
 /// How full the board is, where there is one.

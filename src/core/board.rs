@@ -308,6 +308,17 @@ impl<'a> Shelf<'a> {
     }
 }
 
+/// How full a board is.
+#[derive(Debug, Clone, Copy)]
+pub struct Fullness {
+    /// For how many sessions it was made.
+    pub capacity: i64,
+    /// How many it holds, of all databases.
+    pub entries: i64,
+    /// How many times it had no room for one since the server started.
+    pub refused: i64,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,9 +3,10 @@
 use chrono::{DateTime, TimeDelta, Utc};
 
 use crate::age;
+use crate::board::Fullness;
 
-/// A transaction that old, or a session that long in one, keeps versions of rows that nobody needs: they
-/// pile up with every claim and heartbeat in the table. Ten times the usual interval of heartbeats.
+/// A transaction of that age has kept a version of each session's row for each heartbeat in the table: ten,
+/// at the usual interval of 30 s.
 const LONG_TRANSACTION: TimeDelta = TimeDelta::minutes(5);
 
 /// An error of the worker's is told for so long.
@@ -28,7 +29,7 @@ pub struct Facts {
     /// What went wrong last, and when.
     pub last_error: Option<(DateTime<Utc>, String)>,
     /// The heartbeat board, if there is one.
-    pub board: Option<Board>,
+    pub board: Option<Fullness>,
     /// Tables of the extension's that lack an index or a column without which nothing works.
     pub broken_tables: Vec<&'static str>,
     /// Tables of the extension's that are read or written by statements, as somebody has changed them.
@@ -38,15 +39,6 @@ pub struct Facts {
     /// How many SDs of which the backlog says something else than the sessions; `None` where that cannot be
     /// told.
     pub out_of_step: Option<i64>,
-}
-
-/// How full the heartbeat board is.
-#[derive(Debug, Clone, Copy)]
-pub struct Board {
-    /// For how many sessions it was made.
-    pub capacity: i64,
-    /// How many heartbeats it had no room for since the server started.
-    pub refused: i64,
 }
 
 /// One thing that was looked at.
@@ -123,7 +115,7 @@ fn worker_errors(facts: &Facts) -> Trouble {
 }
 
 fn heartbeat_board(facts: &Facts) -> Trouble {
-    let Some(Board { capacity, refused }) = facts.board else {
+    let Some(Fullness { capacity, refused, .. }) = facts.board else {
         return Some((
             "there is no heartbeat board: each heartbeat is a write to claude_sessions".into(),
             "Add pg_claims to shared_preload_libraries, leave pg_claims.max_sessions above 0, and restart the server.",
@@ -187,7 +179,7 @@ mod tests {
             due: Some((0, TimeDelta::zero())),
             broken_tables: Vec::new(),
             last_error: None,
-            board: Some(Board { capacity: 16, refused: 0 }),
+            board: Some(Fullness { capacity: 16, entries: 1, refused: 0 }),
             changed_tables: Vec::new(),
             oldest: Some(("process 7".into(), LONG_TRANSACTION)),
             out_of_step: Some(0),
@@ -218,7 +210,10 @@ mod tests {
             ("stale_claims", Facts { due: Some((1, TimeDelta::seconds(31))), ..well() }),
             ("worker_errors", Facts { last_error: Some((at - second, "no".into())), ..well() }),
             ("heartbeat_board", Facts { board: None, ..well() }),
-            ("heartbeat_board", Facts { board: Some(Board { capacity: 1, refused: 1 }), ..well() }),
+            (
+                "heartbeat_board",
+                Facts { board: Some(Fullness { capacity: 1, entries: 1, refused: 1 }), ..well() },
+            ),
             ("direct_access", Facts { changed_tables: vec!["sd_claims"], ..well() }),
             (
                 "old_transactions",

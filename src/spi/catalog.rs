@@ -50,6 +50,12 @@ type Watched = [pg_sys::Oid; 2 + Name::ALL.len()];
 const UNKNOWN: Watched = [pg_sys::Oid::INVALID; 2 + Name::ALL.len()];
 
 impl Catalog {
+    /// Whether the backlog is the extension's own table, whatever has become of that.
+    pub fn uses_own_backlog(&self) -> bool {
+        let backlog = self.backlog.as_ref().map(|backlog| backlog.table_oid);
+        backlog.is_some() && backlog == self.own_backlog
+    }
+
     /// What is known of a table of the extension's own, if it is there, and whole.
     pub fn table(&self, name: Name) -> Option<&Rc<Known>> {
         self.tables[name as usize].as_ref()

@@ -1,13 +1,13 @@
 //! What the doctor looks at.
 
 use chrono::TimeDelta;
-use pg_claims_core::check::{Board, Facts};
+use pg_claims_core::check::Facts;
 
-use super::catalog;
 use super::row::Row;
 use super::statement::{Db, Statement};
 use super::table::{Name, Table};
 use super::time;
+use super::{catalog, directive};
 use crate::board;
 use crate::error::Result;
 use crate::guc;
@@ -49,32 +49,6 @@ static OLDEST: Statement = Statement::new(
     &[],
 );
 
-// Only what the backlog has a column for can be out of step.
-static OUT_OF_STEP: Statement = Statement::new(
-    |c| {
-        let Some(columns) = c.backlog.as_ref().map(|backlog| &backlog.columns) else {
-            return "SELECT 0::bigint".into();
-        };
-        let mut differ = vec!["false"];
-        if columns.is_working_on.is_some() {
-            differ.push("COALESCE(d.is_working_on, false) <> (s.session_id IS NOT NULL)");
-        }
-        if columns.active_session_id.is_some() {
-            differ.push("d.active_session_id IS DISTINCT FROM s.session_id");
-        }
-        format!(
-            "SELECT pg_catalog.count(*)
-               FROM {x}.v_directives d
-               LEFT JOIN {x}.claude_sessions s
-                 ON s.sd_id = d.sd_id AND s.sd_id IS NOT NULL AND s.status = 'active'
-              WHERE {}",
-            differ.join(" OR "),
-            x = c.schema
-        )
-    },
-    &[],
-);
-
 /// Gathers the facts.
 pub fn facts(db: &Db<'_>) -> Result<Facts> {
     let usable = catalog::usable_backlog(db);
@@ -85,8 +59,7 @@ pub fn facts(db: &Db<'_>) -> Result<Facts> {
         reap_interval: guc::reap_interval(),
         due: None,
         last_error: None,
-        board: board::fullness()
-            .map(|full| Board { capacity: full.capacity, refused: full.refused }),
+        board: board::fullness(),
         broken_tables,
         changed_tables,
         oldest: None,
@@ -103,8 +76,7 @@ pub fn facts(db: &Db<'_>) -> Result<Facts> {
         let due = db.run(&DUE, &[])?.first();
         let lag = due.time(2)?.unwrap_or(TimeDelta::zero());
         facts.due = Some((due.required_bigint(1, "v_worker_health")?, lag));
-        let out_of_step = db.run(&OUT_OF_STEP, &[])?.first();
-        facts.out_of_step = Some(out_of_step.required_bigint(1, "v_directives")?);
+        facts.out_of_step = Some(directive::count_out_of_step(db)?);
     }
     Ok(facts)
 }
@@ -112,16 +84,13 @@ pub fn facts(db: &Db<'_>) -> Result<Facts> {
 /// The tables that cannot be used, and those that are not read and written directly, or not always.
 fn tables(db: &Db<'_>) -> Result<(Vec<&'static str>, Vec<&'static str>)> {
     let catalog = db.catalog()?;
-    let is_own_bound = catalog
-        .backlog
-        .as_ref()
-        .is_some_and(|backlog| Some(backlog.table_oid) == catalog.own_backlog);
+    let is_own_used = catalog.uses_own_backlog();
     let (mut broken, mut changed) = (Vec::new(), Vec::new());
     for name in Name::ALL {
         let is_backlog = name == Name::Directives;
-        if is_backlog && (!is_own_bound || !catalog.is_own_backlog_in_use) {
+        if is_backlog && !catalog.is_own_backlog_in_use {
             // A statement can do without all that.
-            changed.extend(is_own_bound.then_some(name.layout().name));
+            changed.extend(is_own_used.then_some(name.layout().name));
         } else if catalog.table(name).is_none() {
             broken.push(name.layout().name);
         } else if !Table::to_read(db, name)?.is_as_made() {

@@ -11,6 +11,7 @@ use std::cell::{Cell, RefCell};
 use std::ffi::c_void;
 
 use chrono::{DateTime, Utc};
+use pg_claims_core::lease::Lease;
 use pgrx::pg_sys;
 use pgrx::pg_sys::BuiltinOid::INT8OID;
 
@@ -19,7 +20,9 @@ use super::statement::{Db, Statement};
 use super::table::layout::claims as column;
 use super::table::{Key, Lock, Name, Snapshot, Table, Wait};
 use crate::error::Result;
+use crate::guc;
 use crate::identity::Role;
+use crate::spi::time;
 
 /// Sets these locks apart from those of `pg_advisory_lock`, which use 1 and 2.
 const LOCK_CLASS: u16 = 3;
@@ -35,6 +38,15 @@ fn tag_of(claim_id: i64) -> pg_sys::LOCKTAG {
         locktag_type: pg_sys::LockTagType::LOCKTAG_ADVISORY as u8,
         locktag_lockmethodid: pg_sys::USER_LOCKMETHOD as u8,
     }
+}
+
+/// Whether a claim is live: its lease has not run out, or an open transaction that guards it is a sign of
+/// life. `None` where only a guard could tell, of a claim that is not named.
+pub fn is_live(lease: &Lease, claim_id: Option<i64>) -> Option<bool> {
+    if lease.reclaimable_at(&guc::lease_rules()) > time::now() {
+        return Some(true);
+    }
+    claim_id.map(is_held)
 }
 
 /// Whether another transaction holds a guard on the acquisition. Waits for nobody.

@@ -123,10 +123,7 @@ pub fn rebuild_directives_view<'a>(_trigger: &'a PgTrigger<'a>) -> Row<'a> {
 fn in_use<'c>(catalog: &'c Catalog, trigger: &PgTrigger<'_>) -> Result<Option<&'c Backlog>> {
     let is_own = Some(trigger.relid()?) == catalog.own_backlog;
     let backlog = catalog.backlog.as_ref();
-    backlog
-        .filter(|b| !is_own || Some(b.table_oid) == catalog.own_backlog)
-        .map(Backlog::usable)
-        .transpose()
+    backlog.filter(|_| !is_own || catalog.uses_own_backlog()).map(Backlog::usable).transpose()
 }
 
 fn canonical_id(backlog: &Backlog, trigger: &PgTrigger<'_>, side: Side) -> Result<Option<String>> {

@@ -376,6 +376,32 @@ fn a_shutdown_keeps_what_the_board_had_and_a_crash_costs_no_claim() {
 }
 
 #[test]
+fn a_heartbeat_on_the_table_reads_no_more_behind_an_old_snapshot() {
+    let (server, mut c) = boarded("board-none-held", &["pg_claims.max_sessions = 0"]);
+    register(&mut c, "s1");
+    let mut holder = connect(&server, "postgres");
+    holder
+        .batch_execute(
+            "BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM claude_sessions",
+        )
+        .unwrap();
+    let mut beat_and_read = |times: usize| {
+        for _ in 0..times {
+            assert_eq!(beat(&mut c, "s1")["success"], true);
+        }
+        // The first after others may read the catalogue anew.
+        (0..5).map(|_| pages(&mut c, "update_session_heartbeat('s1')")).min().unwrap()
+    };
+    let few = beat_and_read(50);
+    let many = beat_and_read(5_000);
+    // The index is a level higher. Forwards, or with a check of the unchanged key, it would be a page for
+    // each page that has a version of the row: some hundred.
+    assert!(many <= few + 10, "{few} pages with 50 versions, {many} with 5,000");
+    holder.batch_execute("COMMIT").unwrap();
+    server.discard().unwrap();
+}
+
+#[test]
 fn a_full_board_and_none_at_all_leave_heartbeats_to_the_table() {
     let (server, mut c) = boarded("board-full", &["pg_claims.max_sessions = 16"]);
     assert_eq!(count(&mut c, "SELECT capacity FROM heartbeat_board()"), 16);

@@ -29,21 +29,6 @@ fn with_finished(finished: usize) -> (TestDb, Client) {
     (db, c)
 }
 
-/// How many pages a call reads, whichever functions and triggers do.
-fn pages(c: &mut Client, call: &str) -> u64 {
-    let plan =
-        c.query(&format!("EXPLAIN (ANALYZE, BUFFERS, TIMING OFF) SELECT {call}"), &[]).unwrap();
-    let lines: Vec<String> = plan.iter().map(|row| row.get(0)).collect();
-    let buffers = lines.iter().map(|line| line.trim()).find(|line| line.starts_with("Buffers:"));
-    let counts = buffers.unwrap_or_else(|| panic!("{lines:#?}"));
-    ["hit=", "read="]
-        .iter()
-        .filter_map(|kind| {
-            counts.split(kind).nth(1)?.split_whitespace().next()?.parse::<u64>().ok()
-        })
-        .sum()
-}
-
 #[test]
 fn what_a_claim_from_the_queue_reads_does_not_grow_with_the_finished_ones() {
     let read = |finished: usize| {

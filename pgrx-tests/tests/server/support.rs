@@ -147,3 +147,18 @@ pub fn assert_in_step(client: &mut Client) {
     let disagreements: Vec<String> = disagreements.iter().map(|row| row.get(0)).collect();
     assert!(disagreements.is_empty(), "{disagreements:#?}");
 }
+
+/// How many pages a call reads, whichever functions and triggers do.
+pub fn pages(c: &mut Client, call: &str) -> u64 {
+    let plan =
+        c.query(&format!("EXPLAIN (ANALYZE, BUFFERS, TIMING OFF) SELECT {call}"), &[]).unwrap();
+    let lines: Vec<String> = plan.iter().map(|row| row.get(0)).collect();
+    let buffers = lines.iter().map(|line| line.trim()).find(|line| line.starts_with("Buffers:"));
+    let counts = buffers.unwrap_or_else(|| panic!("{lines:#?}"));
+    ["hit=", "read="]
+        .iter()
+        .filter_map(|kind| {
+            counts.split(kind).nth(1)?.split_whitespace().next()?.parse::<u64>().ok()
+        })
+        .sum()
+}

@@ -183,23 +183,7 @@ fn clear_mirror(db: &Db<'_>) -> Result<()> {
 
 /// Makes the mirror agree with the claims, row by row where it does not; returns how many.
 fn correct_mirror(db: &Db<'_>) -> Result<usize> {
-    let schema = db.catalog()?.schema.clone();
-    let rows = db.run_once(
-        &format!(
-            "SELECT d.sd_id, s.session_id
-               FROM {schema}.v_directives d
-               LEFT JOIN {schema}.claude_sessions s
-                 ON s.sd_id = d.sd_id AND s.sd_id IS NOT NULL AND s.status = 'active'
-              WHERE d.is_working_on IS DISTINCT FROM (s.session_id IS NOT NULL)
-                 OR d.active_session_id IS DISTINCT FROM s.session_id"
-        ),
-        &[],
-    )?;
-    let mut wrong = Vec::new();
-    for row in rows {
-        let sd_id = required(row.get::<String>(1)?, "v_directives.sd_id")?;
-        wrong.push((sd_id, row.get::<String>(2)?));
-    }
+    let wrong = mirror::out_of_step(db)?;
     for (sd_id, session_id) in &wrong {
         mirror::sync(db, sd_id, session_id.as_deref())?;
     }

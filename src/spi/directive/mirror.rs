@@ -83,6 +83,50 @@ fn differ(columns: &[(String, &str)]) -> String {
     differences.join(" OR ")
 }
 
+/// `what` of the SDs of which the backlog says something else than the sessions: only what it has a column
+/// for can be out of step.
+fn of_out_of_step(catalog: &Catalog, what: &str) -> String {
+    let mut differ = vec!["false"];
+    if let Some(Backlog { columns, .. }) = &catalog.backlog {
+        if columns.is_working_on.is_some() {
+            differ.push("d.is_working_on IS DISTINCT FROM (s.session_id IS NOT NULL)");
+        }
+        if columns.active_session_id.is_some() {
+            differ.push("d.active_session_id IS DISTINCT FROM s.session_id");
+        }
+    }
+    format!(
+        "SELECT {what}
+           FROM {x}.v_directives d
+           LEFT JOIN {x}.claude_sessions s
+             ON s.sd_id = d.sd_id AND s.sd_id IS NOT NULL AND s.status = 'active'
+          WHERE {}",
+        differ.join(" OR "),
+        x = catalog.schema
+    )
+}
+
+static OUT_OF_STEP: Statement =
+    Statement::new(|catalog| of_out_of_step(catalog, "d.sd_id, s.session_id"), &[]);
+
+/// The SDs of which the backlog says something else than the sessions, and who works on each.
+pub(super) fn out_of_step(db: &Db<'_>) -> Result<Vec<(String, Option<String>)>> {
+    let mut rows = db.run(&OUT_OF_STEP, &[])?;
+    let mut found = Vec::with_capacity(rows.len());
+    while rows.next().is_some() {
+        found.push((rows.required_text(1, "v_directives.sd_id")?, rows.text(2)?));
+    }
+    Ok(found)
+}
+
+static COUNT_OUT_OF_STEP: Statement =
+    Statement::new(|catalog| of_out_of_step(catalog, "pg_catalog.count(*)"), &[]);
+
+/// How many they are.
+pub fn count_out_of_step(db: &Db<'_>) -> Result<i64> {
+    db.run(&COUNT_OUT_OF_STEP, &[])?.first().required_bigint(1, "v_directives")
+}
+
 fn over_backlog(catalog: &Catalog, nothing: &str, text: impl FnOnce(&Backlog) -> String) -> String {
     catalog.backlog.as_ref().map_or_else(|| nothing.into(), text)
 }

@@ -20,5 +20,5 @@ pub use bind::{bind, unbind};
 pub use columns::Columns;
 pub use find::{Found, find};
 pub use guarded::{guard_table, unguard_table};
-pub use mirror::{follow, lock, target, title, try_lock};
+pub use mirror::{count_out_of_step, follow, lock, target, title, try_lock};
 pub use own::{is_terminal, lock as lock_own, says_free};

@@ -1,8 +1,8 @@
 //! The queue: which SD comes next for a session, and what keeps the others.
 //!
-//! A choice is made on a snapshot, so it decides nothing: the SD is locked with it and looked at again
-//! before it is claimed, and so does the claim. Whoever finds an SD locked passes on to the next one, so that many sessions
-//! that ask at once get different SDs and none waits for another.
+//! A choice is made on a snapshot, so it decides nothing: the SD is locked with it, and the claim looks at
+//! it again. Whoever finds an SD locked passes on to the next one, so that many sessions that ask at once get
+//! different SDs and none waits for another.
 
 mod own;
 

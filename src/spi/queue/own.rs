@@ -8,21 +8,13 @@ use serde_json::Value;
 
 use super::Choice;
 use crate::error::Result;
-use crate::guc;
 use crate::spi::row::Row;
 use crate::spi::session::Session;
 use crate::spi::statement::Db;
 use crate::spi::table::layout::directives as column;
 use crate::spi::table::layout::sessions;
 use crate::spi::table::{Key, Lock, Name, Snapshot, Table, TableRow, Wait};
-use crate::spi::{conflict, directive, guard, heartbeat, hold, time};
-
-/// What is known of an SD in the queue.
-enum Eligible {
-    Yes,
-    No,
-    Unknown,
-}
+use crate::spi::{conflict, directive, guard, heartbeat, hold};
 
 /// So many SDs are asked about one by one; then one statement for all of them is quicker.
 const MOST_UNKNOWN: usize = 8;
@@ -59,9 +51,9 @@ pub fn next(
             return Ok(false);
         }
         choice = match is_eligible(db, &backlog, &snapshot, &sd_id, row)? {
-            Eligible::Yes => lock(db, &sd_id, row)?,
-            Eligible::No => None,
-            Eligible::Unknown => {
+            Some(true) => lock(db, &sd_id, row)?,
+            Some(false) => None,
+            None => {
                 unknown += 1;
                 if unknown > MOST_UNKNOWN {
                     return Ok(true);
@@ -77,34 +69,34 @@ pub fn next(
     walked.map(|walked| walked.map(|_| choice)).transpose()
 }
 
-/// Whether the SD, which is unfinished and which nobody holds, could be claimed.
+/// Whether the SD, which is unfinished and which nobody holds, could be claimed. `None` where only a statement
+/// can tell.
 fn is_eligible(
     db: &Db<'_>,
     backlog: &Table,
     snapshot: &Snapshot,
     sd_id: &str,
     row: &TableRow,
-) -> Result<Eligible> {
+) -> Result<Option<bool>> {
     if hold::find(db, snapshot, sd_id)?.is_some() {
-        return Ok(Eligible::No);
+        return Ok(Some(false));
     }
     let is_part = |part: &TableRow| {
         Ok(part.says(column::PARENT_SD_ID, sd_id)
             && !directive::is_terminal(db, part.text(column::STATUS)?.as_deref())?)
     };
     if backlog.any(snapshot, column::BY_PARENT, Key::Text(sd_id), is_part)? {
-        return Ok(Eligible::No);
+        return Ok(Some(false));
     }
-    match waits(db, backlog, snapshot, row)? {
-        Some(false) => {}
-        Some(true) => return Ok(Eligible::No),
-        None => return Ok(Eligible::Unknown),
-    }
-    let opponent = match conflict::any(db, snapshot, sd_id)? {
-        true => conflict::live_opponent(db, sd_id, "")?,
-        false => None,
+    let is_free = match waits(db, backlog, snapshot, row)? {
+        Some(false) => {
+            !conflict::any(db, snapshot, sd_id)?
+                || conflict::live_opponent(db, sd_id, "")?.is_none()
+        }
+        Some(true) => false,
+        None => return Ok(None),
     };
-    Ok(if opponent.is_some() { Eligible::No } else { Eligible::Yes })
+    Ok(Some(is_free))
 }
 
 /// Whether a live session holds the SD.
@@ -114,8 +106,7 @@ fn is_claimed(db: &Db<'_>, sessions: &Table, snapshot: &Snapshot, sd_id: &str) -
     };
     let holder = Session::read(&holder)?;
     let lease = holder.lease(heartbeat::latest_of(db, &holder)?);
-    Ok(lease.reclaimable_at(&guc::lease_rules()) > time::now()
-        || holder.claim_id.is_some_and(guard::is_held))
+    Ok(guard::is_live(&lease, holder.claim_id).unwrap_or(false))
 }
 
 /// Whether the SD waits for another one. `None` where its dependencies are not plain keys.

@@ -129,7 +129,8 @@ impl Table {
         mut is_it: impl FnMut(&TableRow) -> Result<bool>,
     ) -> Option<Result<bool>> {
         let by = self.known.spare_index(index)?;
-        // There may be any number of rows: what the server allocates for one goes with it.
+        // There may be any number of rows: what the server allocates for one goes with it, but for what
+        // statements answer.
         let mut context = PgMemoryContexts::new("pg_claims row");
         Some(self.scan(snapshot, by, Way::InOrder, &self.empty_row(), |row| {
             // SAFETY: what is returned is not the server's memory.
