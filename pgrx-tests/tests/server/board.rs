@@ -389,14 +389,17 @@ fn a_heartbeat_on_the_table_reads_no_more_behind_an_old_snapshot() {
         for _ in 0..times {
             assert_eq!(beat(&mut c, "s1")["success"], true);
         }
-        // The first after others may read the catalogue anew.
-        (0..5).map(|_| pages(&mut c, "update_session_heartbeat('s1')")).min().unwrap()
+        // In a hundred there is one that finds its page full, and enters a new place into the index. One of
+        // three hundreds may have read the catalogue anew.
+        let mut most =
+            || (0..100).map(|_| pages(&mut c, "update_session_heartbeat('s1')")).max().unwrap();
+        (0..3).map(|_| most()).min().unwrap()
     };
     let few = beat_and_read(50);
     let many = beat_and_read(5_000);
-    // The index is a level higher. Forwards, or with a check of the unchanged key, it would be a page for
-    // each page that has a version of the row: some hundred.
-    assert!(many <= few + 10, "{few} pages with 50 versions, {many} with 5,000");
+    // Searched from the other end, or with a check of the key that stays, it would be a page for each page
+    // that has a version of the row: some hundred.
+    assert!(many <= few + 20, "{few} pages with few versions, {many} with 5,000 more");
     holder.batch_execute("COMMIT").unwrap();
     server.discard().unwrap();
 }
