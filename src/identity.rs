@@ -1,7 +1,8 @@
 //! Who calls, and acting as somebody else.
 //!
-//! The functions are SECURITY DEFINER, so `current_user` is the extension's owner inside them. The
-//! caller is the outer role: the login role, or the one that it chose with SET ROLE.
+//! The functions are SECURITY DEFINER, or take the rights of the extension's owner for their statements, so
+//! `current_user` is that owner inside them. The caller is the outer role: the login role, or the one that
+//! it chose with SET ROLE.
 
 use std::cell::Cell;
 

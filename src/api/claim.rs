@@ -6,23 +6,25 @@ use pg_claims_core::text;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
-use super::{answer, check_may_act_for, mandatory_reason, reason_or, shared};
+use super::{answer, check_may_act_for, mandatory_reason, reason_or, running, shared};
 use crate::error::{Result, checked_id};
 use crate::identity;
 use crate::jsonb::Jsonb;
 use crate::spi::claim::{self, Request};
 use crate::spi::{Db, directive, session};
 
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
+// Not SECURITY DEFINER, nor is release_sd: where tables are written directly no rights are needed, and
+// setting them up for each call is a good part of what a claim costs.
+#[pg_extern(volatile, parallel_unsafe)]
 fn claim_sd(
     p_sd_id: Option<&str>,
     p_session_id: Option<&str>,
     p_track: default!(Option<&str>, "NULL"),
+    fcinfo: pg_sys::FunctionCallInfo,
 ) -> Result<Jsonb, ErrorReport> {
     let sd_id = checked_id("p_sd_id", p_sd_id)?;
     let session_id = checked_id("p_session_id", p_session_id)?;
-    Ok(Db::connect(|db| answer(acquire(db, sd_id, session_id, p_track)?))?)
+    Ok(Db::connect_for(running(fcinfo), |db| answer(acquire(db, sd_id, session_id, p_track)?))?)
 }
 
 #[pg_extern(volatile, parallel_unsafe, security_definer)]
@@ -72,16 +74,16 @@ fn takeover_sd(
     })?)
 }
 
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
+#[pg_extern(volatile, parallel_unsafe)]
 fn release_sd(
     p_session_id: Option<&str>,
     p_reason: default!(Option<&str>, "'manual'"),
     p_claim_id: default!(Option<i64>, "NULL"),
+    fcinfo: pg_sys::FunctionCallInfo,
 ) -> Result<Jsonb, ErrorReport> {
     let session_id = checked_id("p_session_id", p_session_id)?;
     let reason = reason_or(p_reason, "manual");
-    Ok(Db::connect(|db| answer(release(db, session_id, reason, p_claim_id)?))?)
+    Ok(Db::connect_for(running(fcinfo), |db| answer(release(db, session_id, reason, p_claim_id)?))?)
 }
 
 /// Ends exactly the acquisition that was named or, without a name, the one that was found: if that

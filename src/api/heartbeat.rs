@@ -10,10 +10,10 @@ use pgrx::datum::Interval;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
-use super::{answer, check_may_act_for, may_act_for_all, shared};
+use super::{answer, check_may_act_for, may_act_for_all, running, shared};
 use crate::error::{ClaimError, Result, checked_id};
 use crate::guc;
-use crate::identity::{self, ActingAs};
+use crate::identity;
 use crate::jsonb::Jsonb;
 use crate::spi::heartbeat::{self, Found};
 use crate::spi::{Db, claim, session, time};
@@ -40,10 +40,8 @@ fn update_session_heartbeat(
     if let Some(beat) = heartbeat::beat_at_once(session_id, caller, p_claim_id)? {
         return Ok(answer(Ok(beat))?);
     }
-    // SAFETY: the server calls with a description of the function.
-    let function = unsafe { (*(*fcinfo).flinfo).fn_oid };
-    let _acting = ActingAs::extension_owner(function)?;
-    Ok(Db::connect(|db| answer(beat(db, session_id, p_claim_id)?))?)
+    let function = running(fcinfo);
+    Ok(Db::connect_for(function, |db| answer(beat(db, session_id, p_claim_id)?))?)
 }
 
 /// Records a sign of life of the session, or says why not.

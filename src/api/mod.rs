@@ -1,7 +1,7 @@
 //! The functions that SQL sees: thin, one file per noun.
 //!
-//! All run as the extension's owner with a pinned search_path; none is STRICT, so that a NULL is
-//! answered with an error that names the argument.
+//! All run as the extension's owner with a pinned search_path, a few only from their first statement on;
+//! none is STRICT, so that a NULL is answered with an error that names the argument.
 
 pub mod board;
 mod check;
@@ -20,6 +20,7 @@ mod session;
 mod shared;
 
 use pg_claims_core::refusal::Refusal;
+use pgrx::pg_sys;
 use serde::Serialize;
 
 use crate::error::{ClaimError, Result};
@@ -29,6 +30,12 @@ use crate::spi::Db;
 use crate::spi::grant as privileges;
 use crate::spi::heartbeat::first_not_of;
 use crate::spi::session::Session;
+
+/// The function that the server has called.
+fn running(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Oid {
+    // SAFETY: the server calls with a description of the function.
+    unsafe { (*(*fcinfo).flinfo).fn_oid }
+}
 
 /// An answer or a refusal as JSON.
 fn answer<T: Serialize>(outcome: Result<T, Refusal>) -> Result<Jsonb> {

@@ -1,7 +1,8 @@
 //! Statements whose plans are kept for the life of the backend.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::HashMap;
+use std::ffi::CStr;
 
 use pgrx::Spi;
 use pgrx::datum::DatumWithOid;
@@ -10,6 +11,7 @@ use pgrx::spi::{OwnedPreparedStatement, SpiClient, SpiTupleTable};
 
 use super::catalog::{self, Catalog};
 use crate::error::{ClaimError, Result};
+use crate::identity::{ActingAs, Role};
 use crate::worker::wake;
 
 /// A statement: its text, which depends on where the extension and its backlog are, and the types
@@ -81,13 +83,53 @@ impl Drop for ByIndex {
 /// A connection to the server's programming interface.
 pub struct Db<'conn> {
     client: &'conn SpiClient<'conn>,
+    rights: Rights,
+}
+
+/// Where the rights come from that statements need.
+enum Rights {
+    /// From the function that runs, which is SECURITY DEFINER, or from whoever set off the trigger or worker.
+    Given,
+    /// From the owner of this function, from the first statement on.
+    OfOwner { function: pg_sys::Oid, acting: OnceCell<ActingAs> },
 }
 
 impl Db<'_> {
     /// Connects for the length of `work`: one connection serves a whole call.
     pub fn connect<R>(work: impl FnOnce(&Db<'_>) -> Result<R>) -> Result<R> {
+        Self::connect_with(Rights::Given, work)
+    }
+
+    /// The same for a function that mostly needs no statement, and so no rights but the caller's. The server
+    /// sets up SECURITY DEFINER and a search_path for each call; here the first statement does. A function
+    /// that connects so reads and writes the extension's own tables only, or by statements.
+    pub fn connect_for<R>(
+        function: pg_sys::Oid,
+        work: impl FnOnce(&Db<'_>) -> Result<R>,
+    ) -> Result<R> {
+        Self::connect_with(Rights::OfOwner { function, acting: OnceCell::new() }, work)
+    }
+
+    fn connect_with<R>(rights: Rights, work: impl FnOnce(&Db<'_>) -> Result<R>) -> Result<R> {
         wake::keep();
-        Spi::connect(|client| work(&Db { client }))
+        Spi::connect(|client| work(&Db { client, rights }))
+    }
+
+    /// Sees to it that what follows has the rights of the extension's owner, as each statement does.
+    fn take_rights(&self) -> Result<()> {
+        if let Rights::OfOwner { function, acting } = &self.rights
+            && acting.get().is_none()
+        {
+            let _ = acting.set(ActingAs::extension_owner(*function)?);
+        }
+        Ok(())
+    }
+
+    /// Acts as the owner of a bound backlog until that is dropped.
+    pub fn act_as(&self, owner: Role, search_path: &CStr) -> Result<ActingAs> {
+        // First, or the next statement would take them and run with more than that owner's.
+        self.take_rights()?;
+        Ok(ActingAs::table_owner(owner.0, search_path))
     }
 
     /// Where the extension and its backlog are, as far as this backend knows by now.
@@ -101,6 +143,7 @@ impl Db<'_> {
         statement: &'static Statement,
         arguments: &[DatumWithOid<'_>],
     ) -> Result<SpiTupleTable<'_>> {
+        self.take_rights()?;
         // The catalogue comes first: reading it anew may forget the plans.
         let catalog = self.catalog()?;
         let key = std::ptr::from_ref(statement).addr();
@@ -155,6 +198,7 @@ impl Db<'_> {
         text: &str,
         arguments: &[DatumWithOid<'_>],
     ) -> Result<SpiTupleTable<'_>> {
+        self.take_rights()?;
         let types: Vec<PgOid> = arguments.iter().map(|a| PgOid::from(a.oid())).collect();
         let plan = self.client.prepare_mut(text, &types)?;
         Ok(self.client.select(&plan, None, arguments)?)

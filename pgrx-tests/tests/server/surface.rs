@@ -204,6 +204,8 @@ fn everything_has_a_comment_and_functions_pin_their_search_path() {
     let without = [
         "check_guarded_write",
         "claim_reclaimable_at",
+        // Takes the owner's rights for what needs a statement.
+        "claim_sd",
         "close_on_board",
         "dependency_keys",
         "elapsed_minutes",
@@ -215,6 +217,8 @@ fn everything_has_a_comment_and_functions_pin_their_search_path() {
         "latest_heartbeat",
         "lease_expires_at",
         "refuse_guarded_truncate",
+        // As claim_sd.
+        "release_sd",
         // Reads views, with the rights of whoever reads.
         "sd_blockers",
         // Takes the owner's rights where the board does not know the session.

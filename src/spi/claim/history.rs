@@ -131,7 +131,7 @@ fn open_directly(
 
 /// The next fencing token.
 pub fn next_id(db: &Db<'_>) -> Result<i64> {
-    next_value(db.catalog()?.claim_ids)
+    Ok(next_value(db.catalog()?.claim_ids))
 }
 
 static OPEN_AS: Statement = Statement::new(

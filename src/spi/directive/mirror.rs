@@ -7,7 +7,7 @@ use pgrx::pg_sys::BuiltinOid::TEXTOID;
 
 use super::{Backlog, own};
 use crate::error::{ClaimError, Result};
-use crate::identity::ActingAs;
+use crate::identity::Role;
 use crate::spi::catalog::{self, Catalog};
 use crate::spi::row::Row;
 use crate::spi::session::Session;
@@ -294,10 +294,10 @@ fn run_as_owner(
 fn as_owner<R>(db: &Db<'_>, work: impl FnOnce(&Db<'_>) -> Result<R>) -> Result<R> {
     // The catalogue is read before acting as the owner, who may not read it all.
     let catalog = db.catalog()?;
-    let _acting = catalog
-        .backlog
-        .as_ref()
-        .map(|backlog| ActingAs::table_owner(backlog.owner, &backlog.search_path));
+    let _acting = match &catalog.backlog {
+        Some(backlog) => Some(db.act_as(Role(backlog.owner), &backlog.search_path)?),
+        None => None,
+    };
     work(db)
 }
 
