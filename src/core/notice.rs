@@ -1,4 +1,4 @@
-//! The message that listeners on channel `pg_claims` receive.
+//! The messages that listeners on channel `pg_claims` receive.
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
@@ -9,6 +9,30 @@ const MAX_BYTES: usize = 7999;
 
 /// The longest reason that is sent whole, in characters. A reason is free text of any length.
 const MAX_REASON_CHARACTERS: usize = 500;
+
+/// So many events that become visible together have a message each. Every message costs every listener and
+/// the server alike; of more, each message tells as many as fit.
+const FEW: usize = 50;
+
+/// The messages that tell these events, in order: a JSON object each or, where there are many, several,
+/// a line each.
+#[must_use]
+pub fn messages(payloads: Vec<String>) -> Vec<String> {
+    if payloads.len() <= FEW {
+        return payloads;
+    }
+    let mut messages: Vec<String> = Vec::new();
+    for payload in payloads {
+        match messages.last_mut() {
+            Some(message) if message.len() + 1 + payload.len() <= MAX_BYTES => {
+                message.push('\n');
+                message.push_str(&payload);
+            }
+            _ => messages.push(payload),
+        }
+    }
+    messages
+}
 
 /// An event as it is announced.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -32,7 +56,7 @@ pub struct Notice {
 }
 
 impl Notice {
-    /// The message, short enough to be sent.
+    /// The event as one line of JSON, short enough to be sent.
     ///
     /// # Errors
     /// If it cannot be written as JSON, which no event is known to cause.
@@ -82,6 +106,31 @@ mod tests {
             notice().payload().unwrap(),
             r#"{"id":7,"event":"released","session_id":"s1","sd_id":"SD-1","claim_id":3,"at":"1970-01-01T00:00:00Z","reason":"done","detail":{}}"#
         );
+    }
+
+    #[test]
+    fn few_events_have_a_message_each() {
+        let few: Vec<String> = (0..FEW).map(|n| n.to_string()).collect();
+        assert_eq!(messages(few.clone()), few);
+        assert_eq!(messages(Vec::new()), Vec::<String>::new());
+    }
+
+    #[test]
+    fn of_many_events_each_message_tells_as_many_as_fit() {
+        let payload = |n: usize| {
+            format!("{n:>width$}", width = if n.is_multiple_of(7) { 7999 } else { 1 + n * 13 })
+        };
+        let many: Vec<String> = (0..300).map(payload).collect();
+        let messages = messages(many.clone());
+        let told: Vec<&str> = messages.iter().flat_map(|message| message.split('\n')).collect();
+        assert_eq!(told, many);
+        assert!(messages.iter().all(|message| message.len() <= MAX_BYTES));
+        let fits = |pair: &[String]| {
+            pair[0].len() + 1 + pair[1].split('\n').next().unwrap().len() <= MAX_BYTES
+        };
+        assert!(!messages.windows(2).any(fits));
+        let even: Vec<String> = (0..80).map(|_| "x".repeat(99)).collect();
+        assert_eq!(super::messages(even.clone()), [even.join("\n")]);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The order in which events became visible, and announcing them in it.
 
 use pg_claims_core::frontier::{Frontier, Gap, Moment};
-use pg_claims_core::notice::Notice;
+use pg_claims_core::notice::{Notice, messages};
 use pgrx::pg_sys;
 use pgrx::pg_sys::BuiltinOid::{INT4OID, INT8ARRAYOID, INT8OID, TEXTARRAYOID, TEXTOID};
 use pgrx::spi::SpiTupleTable;
@@ -240,7 +240,7 @@ pub fn announce(db: &Db<'_>, limit: i32, aloud: bool) -> Result<usize> {
     let kinds: Vec<String> = ANNOUNCED.iter().map(|kind| kind.name().to_owned()).collect();
     let mut rows =
         db.run_by_index(&UNANNOUNCED, &[announced_to.into(), limit.into(), kinds.into()])?;
-    let mut notices = Vec::new();
+    let mut payloads = Vec::new();
     let (mut passed, mut last) = (0, announced_to);
     while rows.next().is_some() {
         passed += 1;
@@ -258,12 +258,12 @@ pub fn announce(db: &Db<'_>, limit: i32, aloud: bool) -> Result<usize> {
             reason: rows.text(7)?,
             detail: required(rows.get::<JsonB>(8)?, "session_lifecycle_events.detail")?.0,
         };
-        notices.push(notice.payload()?);
+        payloads.push(notice.payload()?);
     }
-    for payload in notices {
+    for message in messages(payloads) {
         // SAFETY: a function of the server's that takes two texts.
         unsafe {
-            let arguments = [CHANNEL.into_datum(), payload.into_datum()];
+            let arguments = [CHANNEL.into_datum(), message.into_datum()];
             pgrx::direct_function_call_as_datum(pg_sys::pg_notify, &arguments);
         }
     }

@@ -200,15 +200,25 @@ fn the_server_stops_fast_while_the_worker_works() {
     server.start().unwrap();
 }
 
-/// What arrives on the channel within `time`.
+/// The events that arrive on the channel within `time`.
 fn notices(c: &mut Client, time: Duration) -> Vec<Value> {
+    events_in(&messages(c, time))
+}
+
+fn events_in(messages: &[String]) -> Vec<Value> {
+    let lines = messages.iter().flat_map(|message| message.lines());
+    lines.map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// The messages that arrive on the channel within `time`.
+fn messages(c: &mut Client, time: Duration) -> Vec<String> {
     use postgres::fallible_iterator::FallibleIterator;
     let mut notices = c.notifications();
     let mut arrived = Vec::new();
     let mut iter = notices.timeout_iter(time);
     while let Some(notice) = iter.next().unwrap() {
         assert_eq!(notice.channel(), "pg_claims");
-        arrived.push(serde_json::from_str(notice.payload()).unwrap());
+        arrived.push(notice.payload().to_owned());
     }
     arrived
 }
@@ -256,6 +266,28 @@ fn listeners_hear_of_each_event_once_in_order_within_a_second_of_the_commit() {
     let heard = notices(&mut listener, Duration::from_millis(1500));
     assert_eq!(heard.len(), 1, "{heard:?}");
     assert_eq!(heard[0]["event"], "released");
+}
+
+#[test]
+fn many_events_at_once_share_messages() {
+    let (server, mut c) = served("listen-many", &[]);
+    let mut listener = connect(&server, "postgres");
+    listener.batch_execute("LISTEN pg_claims").unwrap();
+    // In one transaction each, so that they become visible at once.
+    for (count, expected) in [(50, 50), (60, 2)] {
+        notices(&mut listener, Duration::from_millis(1500));
+        c.batch_execute("BEGIN").unwrap();
+        for _ in 0..count / 2 {
+            granted(&mut c, "SD-1", "s1");
+            release(&mut c, "s1");
+        }
+        c.batch_execute("COMMIT").unwrap();
+        let messages = messages(&mut listener, Duration::from_millis(1500));
+        let events = events_in(&messages);
+        assert_eq!(events.len(), count);
+        assert!(events.is_sorted_by_key(|event| event["id"].as_i64().unwrap()), "{events:?}");
+        assert_eq!(messages.len(), expected, "{messages:?}");
+    }
 }
 
 #[test]

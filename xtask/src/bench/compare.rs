@@ -329,17 +329,20 @@ impl Bench {
             options: ASYNCHRONOUS,
         };
         let mut admin = connect(&self.server, database)?;
+        let mut heard = [0; 2];
         let rates = self.plan.medians(2, |notify| {
-            let value = ["on", "off"][notify];
-            admin.batch_execute(&format!(
-                "ALTER DATABASE {database} SET pg_claims.notify = {value}"
-            ))?;
-            side.run(&self.plan.folder, self.plan.seconds)
+            load::set_notify(&mut admin, database, ["on", "off"][notify])?;
+            // What the last run has left to be heard is not this one's.
+            listening.settle(&mut admin)?;
+            let before = listening.events();
+            let rate = side.run(&self.plan.folder, self.plan.seconds)?;
+            heard[notify] += listening.events() - before;
+            Ok(rate)
         })?;
-        let heard = listening.stop();
+        listening.stop()?;
         let what = format!(
-            "claim and release with {} listeners, who heard {heard} messages",
-            self.sizes.listeners
+            "claim and release with {} listeners, who meanwhile heard of {} events ({} with notify off)",
+            self.sizes.listeners, heard[0], heard[1]
         );
         self.find(
             11,

@@ -196,38 +196,89 @@ pub fn check_all_ended(client: &mut Client, ours: bool) -> Result<()> {
 /// Connections that listen.
 pub struct Listening {
     over: Arc<AtomicBool>,
-    threads: Vec<JoinHandle<u64>>,
+    events: Arc<AtomicU64>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 impl Listening {
-    /// Ends it; how many messages all of them heard.
-    pub fn stop(self) -> u64 {
-        self.over.store(true, Ordering::Relaxed);
-        self.threads.into_iter().map(|thread| thread.join().unwrap_or_default()).sum()
+    /// How many events all of them have heard of.
+    pub fn events(&self) -> u64 {
+        self.events.load(Ordering::Relaxed)
     }
+
+    /// Waits until all events have been announced, or passed in silence, and heard.
+    pub fn settle(&self, client: &mut Client) -> Result<()> {
+        let is_behind = "SELECT EXISTS (SELECT FROM session_lifecycle_events e WHERE NOT EXISTS (
+                             SELECT FROM lifecycle_event_positions p WHERE p.event_id = e.event_id))
+                             OR EXISTS (SELECT FROM lifecycle_event_positions
+                                         WHERE position > (SELECT announced_to FROM event_frontier))";
+        wait_until("the events to be announced", || {
+            Ok(!client.query_one(is_behind, &[])?.get::<_, bool>(0))
+        })?;
+        let mut before = None;
+        wait_until("the events to be heard", || {
+            let now = Some(self.events());
+            Ok(std::mem::replace(&mut before, now) == now)
+        })
+    }
+
+    /// Ends it.
+    pub fn stop(self) -> Result<()> {
+        self.over.store(true, Ordering::Relaxed);
+        for thread in self.threads {
+            thread.join().map_err(|_| anyhow!("a listening thread panicked"))?;
+        }
+        Ok(())
+    }
+}
+
+/// Sets whether events are announced, for a worker that has not begun yet: the one that is there ends.
+pub fn set_notify(client: &mut Client, database: &str, value: &str) -> Result<()> {
+    const WORKERS: &str = "SELECT pid FROM pg_stat_activity
+                            WHERE datname = current_database() AND backend_type = 'pg_claims worker'";
+    let workers = |client: &mut Client| -> Result<Vec<i32>> {
+        Ok(client.query(WORKERS, &[])?.iter().map(|row| row.get(0)).collect())
+    };
+    client.batch_execute(&format!("ALTER DATABASE {database} SET pg_claims.notify = {value}"))?;
+    let old = workers(client)?;
+    client.batch_execute("SELECT pg_reload_conf()")?;
+    wait_until("the worker to end", || {
+        let now = workers(client)?;
+        Ok(!now.iter().any(|pid| old.contains(pid)))
+    })
+}
+
+fn wait_until(what: &str, mut is_so: impl FnMut() -> Result<bool>) -> Result<()> {
+    let end = Instant::now() + Duration::from_secs(120);
+    while !is_so()? {
+        ensure!(Instant::now() < end, "waited in vain for {what}");
+        thread::sleep(Duration::from_millis(500));
+    }
+    Ok(())
 }
 
 /// Has so many connections listen.
 pub fn listen(server: &Server, database: &str, listeners: usize) -> Result<Listening> {
     let over = Arc::new(AtomicBool::new(false));
+    let events = Arc::new(AtomicU64::new(0));
     let mut threads = Vec::new();
     for _ in 0..listeners {
         let mut client = connect(server, database)?;
         client.batch_execute("LISTEN pg_claims")?;
-        let over = Arc::clone(&over);
+        let (over, events) = (Arc::clone(&over), Arc::clone(&events));
         threads.push(thread::spawn(move || {
-            let mut heard = 0;
             while !over.load(Ordering::Relaxed) {
                 let mut notifications = client.notifications();
                 let mut waiting = notifications.timeout_iter(Duration::from_millis(200));
-                while let Ok(Some(_)) = waiting.next() {
-                    heard += 1;
+                while let Ok(Some(message)) = waiting.next() {
+                    // A line each.
+                    let more = message.payload().bytes().filter(|byte| *byte == b'\n').count();
+                    events.fetch_add(1 + more as u64, Ordering::Relaxed);
                 }
             }
-            heard
         }));
     }
-    Ok(Listening { over, threads })
+    Ok(Listening { over, events, threads })
 }
 
 /// What this machine is.
