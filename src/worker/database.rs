@@ -20,6 +20,9 @@ const LINGER: Duration = Duration::from_millis(1000);
 /// what nobody announces, such as a connection whose process is just ending.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
+/// The same where events come fast. They are announced within a second even so.
+const LOOK_EVERY_IF_MANY: Duration = Duration::from_millis(300);
+
 /// How long the worker stays at the most, so that it finds settings that were changed for the
 /// database.
 const LONGEST_STAY: Duration = Duration::from_secs(60);
@@ -104,7 +107,7 @@ fn work(stay: &Stay<'_>) -> bool {
             break;
         }
         process::idle();
-        process::pause(LOOK_EVERY);
+        process::pause(if round.has_many_events() { LOOK_EVERY_IF_MANY } else { LOOK_EVERY });
     }
     slot.set_interval(round.finish());
     true

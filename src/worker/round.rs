@@ -30,8 +30,12 @@ const BATCH_LIMIT: Duration = Duration::from_secs(2);
 /// How long ending a single claim may take, after its batch has failed.
 const SINGLE_LIMIT: Duration = Duration::from_secs(1);
 
-/// How many events one transaction puts in order or announces.
-const EVENT_BATCH: i32 = 1000;
+/// How many events one transaction puts in order or announces. Each costs a flush to disk, and every
+/// listener a wake-up.
+const EVENT_BATCH: i32 = 5000;
+
+/// How many events of one look make it worth while to let more come together before the next one.
+const MANY_EVENTS: usize = 100;
 
 /// How many rows one transaction of pruning looks at.
 const PRUNE_BATCH: i32 = 1000;
@@ -81,6 +85,8 @@ pub struct Round<'c> {
     recorded_at: Instant,
     /// When stale sessions were looked for last.
     reaped_at: Option<Instant>,
+    /// How many events the last run put in order.
+    events: usize,
 }
 
 impl<'c> Round<'c> {
@@ -92,7 +98,13 @@ impl<'c> Round<'c> {
             spent: Duration::ZERO,
             recorded_at: Instant::now(),
             reaped_at: None,
+            events: 0,
         }
+    }
+
+    /// Whether events come so fast that they had better be dealt with in larger groups.
+    pub fn has_many_events(&self) -> bool {
+        self.events >= MANY_EVENTS
     }
 
     /// Does what there is to do. Returns whether there was anything.
@@ -106,7 +118,9 @@ impl<'c> Round<'c> {
             done |= attend_claims(self.stay, &mut self.run);
             self.prune();
         }
-        done |= announce(self.stay.slot, &mut self.run);
+        let announced;
+        (self.events, announced) = announce(self.stay.slot, &mut self.run);
+        done |= self.events + announced > 0;
         self.spent += start.elapsed();
         if self.recorded_at.elapsed() >= reap_interval() {
             self.record();
@@ -362,10 +376,10 @@ fn tend_connections(run: &mut health::Run) -> bool {
     beat_connections(run) || ended
 }
 
-/// Puts what has become visible in order, and announces it.
-fn announce(slot: &Slot, run: &mut health::Run) -> bool {
+/// Puts what has become visible in order, and announces it. Returns how many events it did either with.
+fn announce(slot: &Slot, run: &mut health::Run) -> (usize, usize) {
     let full = EVENT_BATCH as usize;
-    let mut any = false;
+    let mut all = (0, 0);
     loop {
         slot.take_turn();
         let appended = step(run, c"pg_claims: putting events in order", |db| {
@@ -379,9 +393,9 @@ fn announce(slot: &Slot, run: &mut health::Run) -> bool {
             order::announce(db, EVENT_BATCH, guc::notify())
         })
         .unwrap_or(0);
-        any |= appended > 0 || announced > 0;
+        all = (all.0 + appended, all.1 + announced);
         if appended < full && announced < full {
-            return any;
+            return all;
         }
     }
 }

@@ -339,9 +339,10 @@ impl Bench {
             heard[notify] += listening.events() - before;
             Ok(rate)
         })?;
+        listening.settle(&mut admin)?;
         listening.stop()?;
         let what = format!(
-            "claim and release with {} listeners, who meanwhile heard of {} events ({} with notify off)",
+            "claim and release with {} listeners, each of whom meanwhile heard of {} events ({} with notify off)",
             self.sizes.listeners, heard[0], heard[1]
         );
         self.find(

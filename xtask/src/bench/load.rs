@@ -196,12 +196,14 @@ pub fn check_all_ended(client: &mut Client, ours: bool) -> Result<()> {
 /// Connections that listen.
 pub struct Listening {
     over: Arc<AtomicBool>,
+    /// How many events the first of them has heard of. Only that one counts them, as that costs time.
     events: Arc<AtomicU64>,
-    threads: Vec<JoinHandle<()>>,
+    /// Each with how many messages it has heard.
+    threads: Vec<JoinHandle<u64>>,
 }
 
 impl Listening {
-    /// How many events all of them have heard of.
+    /// How many events each of them has heard of.
     pub fn events(&self) -> u64 {
         self.events.load(Ordering::Relaxed)
     }
@@ -222,12 +224,14 @@ impl Listening {
         })
     }
 
-    /// Ends it.
+    /// Ends it, once all of them have heard the same.
     pub fn stop(self) -> Result<()> {
         self.over.store(true, Ordering::Relaxed);
+        let mut heard = Vec::new();
         for thread in self.threads {
-            thread.join().map_err(|_| anyhow!("a listening thread panicked"))?;
+            heard.push(thread.join().map_err(|_| anyhow!("a listening thread panicked"))?);
         }
+        ensure!(heard.windows(2).all(|pair| pair[0] == pair[1]), "not all have heard the same");
         Ok(())
     }
 }
@@ -262,20 +266,24 @@ pub fn listen(server: &Server, database: &str, listeners: usize) -> Result<Liste
     let over = Arc::new(AtomicBool::new(false));
     let events = Arc::new(AtomicU64::new(0));
     let mut threads = Vec::new();
-    for _ in 0..listeners {
+    for listener in 0..listeners {
         let mut client = connect(server, database)?;
         client.batch_execute("LISTEN pg_claims")?;
         let (over, events) = (Arc::clone(&over), Arc::clone(&events));
         threads.push(thread::spawn(move || {
+            let mut messages = 0;
             while !over.load(Ordering::Relaxed) {
                 let mut notifications = client.notifications();
                 let mut waiting = notifications.timeout_iter(Duration::from_millis(200));
                 while let Ok(Some(message)) = waiting.next() {
-                    // A line each.
-                    let more = message.payload().bytes().filter(|byte| *byte == b'\n').count();
-                    events.fetch_add(1 + more as u64, Ordering::Relaxed);
+                    messages += 1;
+                    if listener == 0 {
+                        let count = message.payload().lines().count() as u64;
+                        events.fetch_add(count, Ordering::Relaxed);
+                    }
                 }
             }
+            messages
         }));
     }
     Ok(Listening { over, events, threads })
