@@ -158,14 +158,19 @@ impl Server {
         if status.success() {
             return Ok(());
         }
-        let log = fs::read_to_string(&log).unwrap_or_else(|error| error.to_string());
-        let tail: Vec<_> = log.lines().rev().take(20).collect();
-        let tail: Vec<_> = tail.into_iter().rev().collect();
         bail!(
             "the server in {} did not start; its log ends:\n{}",
             self.root.display(),
-            tail.join("\n")
+            self.log_tail(20)
         )
+    }
+
+    /// The last lines of the server's log.
+    fn log_tail(&self, lines: usize) -> String {
+        let log =
+            fs::read_to_string(self.root.join("log")).unwrap_or_else(|error| error.to_string());
+        let from = log.lines().count().saturating_sub(lines);
+        log.lines().skip(from).collect::<Vec<_>>().join("\n")
     }
 
     /// Stops the server and waits until it has gone.
@@ -283,6 +288,10 @@ impl Drop for Server {
     fn drop(&mut self) {
         if self.keep {
             return;
+        }
+        // Of a test that fails: the worker tells its errors there.
+        if std::thread::panicking() {
+            eprintln!("The server's log ends:\n{}", self.log_tail(40));
         }
         if let Err(error) = self.remove() {
             eprintln!("could not remove the server in {}: {error:#}", self.root.display());
