@@ -104,7 +104,8 @@ impl ActingAs {
     /// Acts as the extension's owner, as a function does that is SECURITY DEFINER with a search_path of
     /// its own. For functions that mostly do without: the server sets both up for every call.
     pub fn extension_owner(function: pg_sys::Oid) -> Result<Self> {
-        let search_path = LocalSettings::new(&[(c"search_path", c"pg_catalog, pg_temp")]);
+        let search_path =
+            LocalSettings::keeping_others(&[(c"search_path", c"pg_catalog, pg_temp")]);
         let mut previous = pg_sys::Oid::INVALID;
         let mut context = 0;
         // SAFETY: reads the function's entry in the catalogue, which is there while it runs; then as in
@@ -133,7 +134,7 @@ impl ActingAs {
 impl Drop for ActingAs {
     fn drop(&mut self) {
         ACTING.set(self.acting);
-        // SAFETY: puts back what `table_owner` found.
+        // SAFETY: puts back what `table_owner` or `extension_owner` found.
         unsafe { pg_sys::SetUserIdAndSecContext(self.role, self.context) };
     }
 }

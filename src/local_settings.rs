@@ -4,14 +4,25 @@ use std::ffi::CStr;
 
 use pgrx::pg_sys;
 
-/// Settings that hold until this is dropped. Whatever others are changed meanwhile are put back as well.
+/// Settings that hold until this is dropped.
 pub struct LocalSettings {
     level: i32,
+    keeps_others: bool,
 }
 
 impl LocalSettings {
-    /// Gives each setting its value.
+    /// Gives each setting its value. Whatever others are changed meanwhile are put back as well.
     pub fn new(settings: &[(&CStr, &CStr)]) -> Self {
+        Self::with(settings, false)
+    }
+
+    /// The same, but others stay as they are changed, as after a function of the server's with settings of
+    /// its own.
+    pub fn keeping_others(settings: &[(&CStr, &CStr)]) -> Self {
+        Self::with(settings, true)
+    }
+
+    fn with(settings: &[(&CStr, &CStr)], keeps_others: bool) -> Self {
         // SAFETY: the strings are null-terminated and copied by the server; what was set before is put
         // back on drop.
         unsafe {
@@ -28,7 +39,7 @@ impl LocalSettings {
                     false,
                 );
             }
-            Self { level }
+            Self { level, keeps_others }
         }
     }
 }
@@ -37,8 +48,8 @@ impl Drop for LocalSettings {
     fn drop(&mut self) {
         // After an error the abort of the transaction or savepoint does it.
         if !std::thread::panicking() {
-            // SAFETY: ends the level that `new` began.
-            unsafe { pg_sys::AtEOXact_GUC(false, self.level) };
+            // SAFETY: ends the level that `with` began.
+            unsafe { pg_sys::AtEOXact_GUC(self.keeps_others, self.level) };
         }
     }
 }

@@ -5,6 +5,7 @@
 //! is glue between these rules and the tables.
 
 pub mod age;
+pub mod batch;
 pub mod board;
 pub mod check;
 pub mod cycle;

@@ -8,7 +8,7 @@ use serde_json::Value;
 const MAX_BYTES: usize = 7999;
 
 /// The longest reason that is sent whole, in characters. A reason is free text of any length.
-const MAX_REASON_CHARACTERS: usize = 500;
+pub const MAX_REASON_CHARACTERS: usize = 500;
 
 /// So many events that become visible together have a message each. Every message costs every listener and
 /// the server alike; of more, each message tells as many as fit.
@@ -67,18 +67,30 @@ impl Notice {
             reason.truncate(end);
             reason.push('…');
         }
-        let payload = serde_json::to_string(&self)?;
+        let payload = self.line()?;
         if payload.len() <= MAX_BYTES {
             return Ok(payload);
         }
         self.detail = Value::Null;
-        let payload = serde_json::to_string(&self)?;
+        let payload = self.line()?;
         if payload.len() <= MAX_BYTES {
             return Ok(payload);
         }
         // A bound backlog's keys may be of any length: `lifecycle_events_since` tells them.
         self.sd_id = None;
-        serde_json::to_string(&self)
+        self.line()
+    }
+
+    /// As JSON without anything that some language takes for the end of a line, and JSON does not.
+    fn line(&self) -> serde_json::Result<String> {
+        const ENDS: [char; 3] = ['\u{85}', '\u{2028}', '\u{2029}'];
+        let mut line = serde_json::to_string(self)?;
+        for end in ENDS {
+            if line.contains(end) {
+                line = line.replace(end, &format!("\\u{:04x}", u32::from(end)));
+            }
+        }
+        Ok(line)
     }
 }
 
@@ -151,6 +163,24 @@ mod tests {
         assert!(read["reason"].as_str().unwrap().ends_with('…'));
         assert_eq!(read["detail"], Value::Null);
         assert_eq!(read["sd_id"].as_str().unwrap().chars().count(), 200);
+    }
+
+    #[test]
+    fn an_event_is_one_line_for_everybody() {
+        let odd = "a\u{85}b\u{2028}c\u{2029}d\n\r\u{b}\u{c}\u{1c}\u{1d}\u{1e}e";
+        let payload = Notice { reason: Some(odd.into()), ..notice() }.payload().unwrap();
+        // All at which Python's str.splitlines() splits, which knows the most.
+        let ends = "\n\r\u{b}\u{c}\u{1c}\u{1d}\u{1e}\u{85}\u{2028}\u{2029}";
+        assert!(!payload.contains(|c| ends.contains(c)), "{payload}");
+        let read: Value = serde_json::from_str(&payload).unwrap();
+        assert_eq!(read["reason"], odd);
+        let widest = Notice {
+            session_id: "\u{2028}".repeat(200),
+            sd_id: Some("\u{2028}".repeat(200)),
+            reason: Some("\u{2029}".repeat(501)),
+            ..notice()
+        };
+        assert!(widest.payload().unwrap().len() <= MAX_BYTES);
     }
 
     #[test]

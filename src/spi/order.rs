@@ -1,7 +1,7 @@
 //! The order in which events became visible, and announcing them in it.
 
 use pg_claims_core::frontier::{Frontier, Gap, Moment};
-use pg_claims_core::notice::{Notice, messages};
+use pg_claims_core::notice::{MAX_REASON_CHARACTERS, Notice, messages};
 use pgrx::pg_sys;
 use pgrx::pg_sys::BuiltinOid::{INT4OID, INT8ARRAYOID, INT8OID, TEXTARRAYOID, TEXTOID};
 use pgrx::spi::SpiTupleTable;
@@ -206,7 +206,8 @@ static UNANNOUNCED: Statement = Statement::new(
     |c| {
         format!(
             "SELECT p.position, e.event_type, e.session_id, e.sd_id, e.claim_id, e.occurred_at,
-                    e.reason, e.detail, e.event_type = ANY ($3)
+                    pg_catalog.left(e.reason, {MAX_REASON_CHARACTERS} + 1), e.detail,
+                    e.event_type = ANY ($3)
                FROM {x}.lifecycle_event_positions p
                JOIN {x}.session_lifecycle_events e ON e.event_id = p.event_id
               WHERE p.position > $1 ORDER BY p.position LIMIT $2",

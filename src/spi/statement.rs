@@ -101,8 +101,9 @@ impl Db<'_> {
     }
 
     /// The same for a function that mostly needs no statement, and so no rights but the caller's. The server
-    /// sets up SECURITY DEFINER and a search_path for each call; here the first statement does. A function
-    /// that connects so reads and writes the extension's own tables only, or by statements.
+    /// sets up SECURITY DEFINER and a search_path for each call; here the first statement does. So in such a
+    /// function nothing but statements may depend on the current role, the search_path or another setting,
+    /// and nobody acts as anybody but by [`Db::act_as`].
     pub fn connect_for<R>(
         function: pg_sys::Oid,
         work: impl FnOnce(&Db<'_>) -> Result<R>,

@@ -7,6 +7,7 @@ use std::ffi::CStr;
 use std::time::{Duration, Instant};
 
 use chrono::TimeDelta;
+use pg_claims_core::batch::Batch;
 
 use super::control::{Control, Slot};
 use super::process;
@@ -30,8 +31,8 @@ const BATCH_LIMIT: Duration = Duration::from_secs(2);
 /// How long ending a single claim may take, after its batch has failed.
 const SINGLE_LIMIT: Duration = Duration::from_secs(1);
 
-/// How many events one transaction puts in order or announces. Each costs a flush to disk, and every
-/// listener a wake-up.
+/// How many events one transaction puts in order or announces, at the most. Each costs a flush to disk, and
+/// every listener a wake-up.
 const EVENT_BATCH: i32 = 5000;
 
 /// How many events of one look make it worth while to let more come together before the next one.
@@ -87,6 +88,8 @@ pub struct Round<'c> {
     reaped_at: Option<Instant>,
     /// How many events the last run put in order.
     events: usize,
+    ordering: Batch,
+    announcing: Batch,
 }
 
 impl<'c> Round<'c> {
@@ -99,6 +102,8 @@ impl<'c> Round<'c> {
             recorded_at: Instant::now(),
             reaped_at: None,
             events: 0,
+            ordering: Batch::of(EVENT_BATCH),
+            announcing: Batch::of(EVENT_BATCH),
         }
     }
 
@@ -118,14 +123,39 @@ impl<'c> Round<'c> {
             done |= attend_claims(self.stay, &mut self.run);
             self.prune();
         }
-        let announced;
-        (self.events, announced) = announce(self.stay.slot, &mut self.run);
-        done |= self.events + announced > 0;
+        done |= self.announce();
         self.spent += start.elapsed();
         if self.recorded_at.elapsed() >= reap_interval() {
             self.record();
         }
         done
+    }
+
+    /// Puts what has become visible in order, and announces it. Returns whether there was anything.
+    fn announce(&mut self) -> bool {
+        self.events = 0;
+        let mut any = false;
+        loop {
+            self.stay.slot.take_turn();
+            let limit = self.ordering.limit();
+            let ordered = step(&mut self.run, c"pg_claims: putting events in order", |db| {
+                // Durable before anybody can read it: a place that was forgotten in a crash would be given
+                // to the same event again, and who has read it would read it twice.
+                process::commit_durably();
+                order::append_visible(db, limit)
+            });
+            let limit = self.announcing.limit();
+            let announced = step(&mut self.run, c"pg_claims: announcing events", |db| {
+                order::announce(db, limit, guc::notify())
+            });
+            let (ordered, is_more) = self.ordering.note(ordered);
+            let (announced, is_more_to_announce) = self.announcing.note(announced);
+            self.events += ordered;
+            any |= ordered > 0 || announced > 0;
+            if !is_more && !is_more_to_announce {
+                return any;
+            }
+        }
     }
 
     fn is_reaping_due(&self) -> bool {
@@ -374,30 +404,6 @@ fn attend_batch(
 fn tend_connections(run: &mut health::Run) -> bool {
     let ended = release_ended_connections(run);
     beat_connections(run) || ended
-}
-
-/// Puts what has become visible in order, and announces it. Returns how many events it did either with.
-fn announce(slot: &Slot, run: &mut health::Run) -> (usize, usize) {
-    let full = EVENT_BATCH as usize;
-    let mut all = (0, 0);
-    loop {
-        slot.take_turn();
-        let appended = step(run, c"pg_claims: putting events in order", |db| {
-            // Durable before anybody can read it: a place that was forgotten in a crash would be given
-            // to the same event again, and who has read it would read it twice.
-            process::commit_durably();
-            order::append_visible(db, EVENT_BATCH)
-        })
-        .unwrap_or(0);
-        let announced = step(run, c"pg_claims: announcing events", |db| {
-            order::announce(db, EVENT_BATCH, guc::notify())
-        })
-        .unwrap_or(0);
-        all = (all.0 + appended, all.1 + announced);
-        if appended < full && announced < full {
-            return all;
-        }
-    }
 }
 
 /// Removes old history, and ends sessions that nobody comes back to.

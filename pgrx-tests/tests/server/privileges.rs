@@ -418,3 +418,59 @@ fn a_backlog_owner_s_trigger_finds_what_lies_beside_the_table() {
     granted(&mut c, "W-1", "s1");
     assert_eq!(count(&mut c, "SELECT count(*) FROM app.log"), 1);
 }
+
+#[test]
+fn the_owner_s_rights_end_with_the_call() {
+    let (db, mut owner) = coordinated();
+    let worker = db.role("worker");
+    json(&mut owner, "SELECT grant_coordination($1, 'worker')", &[&worker]);
+    // The operator's trigger, so that a statement is needed. It sees the owner's rights and the pinned
+    // search_path, and leaves a setting behind, as it may.
+    owner
+        .batch_execute(
+            "CREATE TABLE seen (as_role name, search_path text);
+             CREATE FUNCTION look() RETURNS trigger LANGUAGE plpgsql AS $$
+               BEGIN
+                 INSERT INTO public.seen VALUES (current_user, current_setting('search_path'));
+                 PERFORM set_config('app.last', NEW.session_id, false);
+                 RETURN NULL;
+               END $$;
+             CREATE TRIGGER look AFTER UPDATE ON claude_sessions FOR EACH ROW EXECUTE FUNCTION look()",
+        )
+        .unwrap();
+    let mut c = db.connect_as(&worker);
+    json(&mut c, "SELECT register_session('mine')", &[]);
+    c.batch_execute("SET search_path = public, pg_temp").unwrap();
+    let state = "concat_ws(' ', current_user, current_setting('search_path'))";
+    let own = value(&mut c, &format!("SELECT {state}")).unwrap();
+    assert_eq!(own, format!("{worker} public, pg_temp"));
+    for call in
+        ["claim_sd('SD-1', 'mine')", "release_sd('mine')", "update_session_heartbeat('mine')"]
+    {
+        c.batch_execute("SET app.last = ''").unwrap();
+        owner.batch_execute("TRUNCATE seen").unwrap();
+        // Also within the statement that calls.
+        let within = format!("SELECT concat_ws(' ', {call} ->> 'success', {state})");
+        assert_eq!(value(&mut c, &within), Some(format!("true {own}")), "{call}");
+        assert_eq!(value(&mut c, &format!("SELECT {state}")), Some(own.clone()), "{call}");
+        let seen = "SELECT string_agg(DISTINCT concat_ws(' ', as_role = (SELECT extowner::regrole::name FROM pg_extension WHERE extname = 'pg_claims'), search_path), ';') FROM seen";
+        assert_eq!(value(&mut owner, seen).as_deref(), Some("t pg_catalog, pg_temp"), "{call}");
+        let last = value(&mut c, "SELECT current_setting('app.last')");
+        assert_eq!(last.as_deref(), Some("mine"), "{call}");
+    }
+    // After an error that is caught as well. Each has asked, by a statement, whether the caller is an operator.
+    for call in ["claim_sd('SD-1', 's1')", "release_sd('s1')", "update_session_heartbeat('s1')"] {
+        c.batch_execute(&format!(
+            "DO $$ BEGIN
+               BEGIN
+                 PERFORM {call};
+                 RAISE EXCEPTION 'no error';
+               EXCEPTION WHEN insufficient_privilege THEN NULL;
+               END;
+               IF {state} <> '{own}' THEN RAISE EXCEPTION 'left behind: %', {state}; END IF;
+             END $$"
+        ))
+        .unwrap();
+        assert_eq!(value(&mut c, &format!("SELECT {state}")), Some(own.clone()), "{call}");
+    }
+}

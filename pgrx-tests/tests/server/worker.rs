@@ -132,7 +132,25 @@ fn a_terminated_backend_s_claim_is_released_at_once_if_so_set() {
     assert!(!is_free(&mut c, "SD-1"));
     let pid = pg_claims_tests::backend_pid(&mut holder);
     c.execute("SELECT pg_terminate_backend($1)", &[&pid]).unwrap();
-    wait_until("the claim to be released", || is_free(&mut c, "SD-1"));
+    let start = Instant::now();
+    while !is_free(&mut c, "SD-1") {
+        if start.elapsed() > Duration::from_secs(25) {
+            for q in [
+                "SELECT to_jsonb(w)::text FROM v_worker_health w",
+                "SELECT to_jsonb(w)::text FROM heartbeat_connections w",
+                "SELECT to_jsonb(w)::text FROM pg_stat_activity w",
+                "SELECT to_jsonb(w)::text FROM claude_sessions w",
+                "SELECT to_jsonb(w)::text FROM session_lifecycle_events w",
+            ] {
+                eprintln!("DIAG {q}");
+                for r in c.query(q, &[]).unwrap() {
+                    eprintln!("DIAG {}", r.get::<_, String>(0));
+                }
+            }
+            panic!("DIAG end");
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
     let reason = "SELECT release_reason FROM sd_claims WHERE sd_id = 'SD-1'";
     assert_eq!(value(&mut c, reason).as_deref(), Some("connection_ended"));
     assert_eq!(beat(&mut c, "s1")["lost_claim"]["reason"], "connection_ended");

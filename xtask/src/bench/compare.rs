@@ -2,11 +2,12 @@
 
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use postgres::Client;
 use serde_json::Value;
 
+use super::listen::{self, Listening};
 use super::pgbench::Side;
 use super::report::Goal;
 use super::{
@@ -320,7 +321,7 @@ impl Bench {
     pub(super) fn listeners(&mut self) -> Result<()> {
         let sessions = self.sizes.sessions;
         let database = filled(&self.server, "notify", sessions, 0)?;
-        let listening = load::listen(&self.server, database, self.sizes.listeners)?;
+        let listening = Listening::begin(&self.server, database, self.sizes.listeners)?;
         let side = Side {
             server: &self.server,
             database,
@@ -329,21 +330,28 @@ impl Bench {
             options: ASYNCHRONOUS,
         };
         let mut admin = connect(&self.server, database)?;
-        let mut heard = [0; 2];
+        let mut events = || -> Result<u64> {
+            let count = "SELECT count(*) FROM session_lifecycle_events";
+            Ok(admin.query_one(count, &[])?.get::<_, i64>(0).try_into()?)
+        };
+        let mut control = connect(&self.server, database)?;
+        let (mut heard, mut all) = ([0; 2], [0; 2]);
         let rates = self.plan.medians(2, |notify| {
-            load::set_notify(&mut admin, database, ["on", "off"][notify])?;
             // What the last run has left to be heard is not this one's.
-            listening.settle(&mut admin)?;
-            let before = listening.events();
+            listening.settle(&mut control)?;
+            listen::set_notify(&mut control, database, ["on", "off"][notify])?;
+            let before = (listening.events(), events()?);
             let rate = side.run(&self.plan.folder, self.plan.seconds)?;
-            heard[notify] += listening.events() - before;
+            heard[notify] += listening.events() - before.0;
+            all[notify] += events()? - before.1;
             Ok(rate)
         })?;
-        listening.settle(&mut admin)?;
+        listening.settle(&mut control)?;
         listening.stop()?;
+        ensure!(heard[1] == 0, "events were announced in spite of pg_claims.notify = off");
         let what = format!(
-            "claim and release with {} listeners, each of whom meanwhile heard of {} events ({} with notify off)",
-            self.sizes.listeners, heard[0], heard[1]
+            "claim and release with {} listeners, each of whom meanwhile heard of {} of {} events",
+            self.sizes.listeners, heard[0], all[0]
         );
         self.find(
             11,

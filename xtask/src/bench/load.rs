@@ -1,15 +1,13 @@
 //! Loads that pgbench cannot make.
 
 use std::fmt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::{self, JoinHandle};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, ensure};
 use pg_claims_tests::Server;
 use postgres::Client;
-use postgres::fallible_iterator::FallibleIterator as _;
 
 use super::connect;
 
@@ -191,102 +189,6 @@ pub fn check_all_ended(client: &mut Client, ours: bool) -> Result<()> {
         .get(0);
     ensure!(left == 0, "{left} claims are left in {table}");
     Ok(())
-}
-
-/// Connections that listen.
-pub struct Listening {
-    over: Arc<AtomicBool>,
-    /// How many events the first of them has heard of. Only that one counts them, as that costs time.
-    events: Arc<AtomicU64>,
-    /// Each with how many messages it has heard.
-    threads: Vec<JoinHandle<u64>>,
-}
-
-impl Listening {
-    /// How many events each of them has heard of.
-    pub fn events(&self) -> u64 {
-        self.events.load(Ordering::Relaxed)
-    }
-
-    /// Waits until all events have been announced, or passed in silence, and heard.
-    pub fn settle(&self, client: &mut Client) -> Result<()> {
-        let is_behind = "SELECT EXISTS (SELECT FROM session_lifecycle_events e WHERE NOT EXISTS (
-                             SELECT FROM lifecycle_event_positions p WHERE p.event_id = e.event_id))
-                             OR EXISTS (SELECT FROM lifecycle_event_positions
-                                         WHERE position > (SELECT announced_to FROM event_frontier))";
-        wait_until("the events to be announced", || {
-            Ok(!client.query_one(is_behind, &[])?.get::<_, bool>(0))
-        })?;
-        let mut before = None;
-        wait_until("the events to be heard", || {
-            let now = Some(self.events());
-            Ok(std::mem::replace(&mut before, now) == now)
-        })
-    }
-
-    /// Ends it, once all of them have heard the same.
-    pub fn stop(self) -> Result<()> {
-        self.over.store(true, Ordering::Relaxed);
-        let mut heard = Vec::new();
-        for thread in self.threads {
-            heard.push(thread.join().map_err(|_| anyhow!("a listening thread panicked"))?);
-        }
-        ensure!(heard.windows(2).all(|pair| pair[0] == pair[1]), "not all have heard the same");
-        Ok(())
-    }
-}
-
-/// Sets whether events are announced, for a worker that has not begun yet: the one that is there ends.
-pub fn set_notify(client: &mut Client, database: &str, value: &str) -> Result<()> {
-    const WORKERS: &str = "SELECT pid FROM pg_stat_activity
-                            WHERE datname = current_database() AND backend_type = 'pg_claims worker'";
-    let workers = |client: &mut Client| -> Result<Vec<i32>> {
-        Ok(client.query(WORKERS, &[])?.iter().map(|row| row.get(0)).collect())
-    };
-    client.batch_execute(&format!("ALTER DATABASE {database} SET pg_claims.notify = {value}"))?;
-    let old = workers(client)?;
-    client.batch_execute("SELECT pg_reload_conf()")?;
-    wait_until("the worker to end", || {
-        let now = workers(client)?;
-        Ok(!now.iter().any(|pid| old.contains(pid)))
-    })
-}
-
-fn wait_until(what: &str, mut is_so: impl FnMut() -> Result<bool>) -> Result<()> {
-    let end = Instant::now() + Duration::from_secs(120);
-    while !is_so()? {
-        ensure!(Instant::now() < end, "waited in vain for {what}");
-        thread::sleep(Duration::from_millis(500));
-    }
-    Ok(())
-}
-
-/// Has so many connections listen.
-pub fn listen(server: &Server, database: &str, listeners: usize) -> Result<Listening> {
-    let over = Arc::new(AtomicBool::new(false));
-    let events = Arc::new(AtomicU64::new(0));
-    let mut threads = Vec::new();
-    for listener in 0..listeners {
-        let mut client = connect(server, database)?;
-        client.batch_execute("LISTEN pg_claims")?;
-        let (over, events) = (Arc::clone(&over), Arc::clone(&events));
-        threads.push(thread::spawn(move || {
-            let mut messages = 0;
-            while !over.load(Ordering::Relaxed) {
-                let mut notifications = client.notifications();
-                let mut waiting = notifications.timeout_iter(Duration::from_millis(200));
-                while let Ok(Some(message)) = waiting.next() {
-                    messages += 1;
-                    if listener == 0 {
-                        let count = message.payload().lines().count() as u64;
-                        events.fetch_add(count, Ordering::Relaxed);
-                    }
-                }
-            }
-            messages
-        }));
-    }
-    Ok(Listening { over, events, threads })
 }
 
 /// What this machine is.

@@ -4,6 +4,7 @@
 //! that is missed is told as missed.
 
 mod compare;
+mod listen;
 mod load;
 mod pgbench;
 mod report;
@@ -121,7 +122,7 @@ pub fn run(layout: &Layout, choice: &Choice, options: &Options) -> Result<()> {
         plan: Plan {
             folder,
             seconds: if options.quick { 1 } else { 8 },
-            rounds: if options.quick { 1 } else { 3 },
+            rounds: if options.quick { 1 } else { 5 },
         },
         server: Server::create(&installation, &work_dir.join("board"), &SETTINGS)?,
         table_server: Server::create(&installation, &work_dir.join("table"), &without_board)?,

@@ -1,0 +1,105 @@
+//! Connections that listen to what the extension announces.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow, ensure};
+use pg_claims_tests::Server;
+use postgres::Client;
+use postgres::fallible_iterator::FallibleIterator as _;
+
+use super::connect;
+
+/// Connections that listen.
+pub struct Listening {
+    over: Arc<AtomicBool>,
+    /// How many events the first of them has heard of. Only that one counts them, as that costs time.
+    events: Arc<AtomicU64>,
+    /// How many messages each has heard.
+    messages: Vec<Arc<AtomicU64>>,
+    threads: Vec<JoinHandle<Result<()>>>,
+}
+
+impl Listening {
+    /// Has so many connections listen.
+    pub fn begin(server: &Server, database: &str, listeners: usize) -> Result<Self> {
+        let over = Arc::new(AtomicBool::new(false));
+        let events = Arc::new(AtomicU64::new(0));
+        let mut messages = Vec::new();
+        let mut threads = Vec::new();
+        for listener in 0..listeners {
+            let mut client = connect(server, database)?;
+            client.batch_execute("LISTEN pg_claims")?;
+            let heard = Arc::new(AtomicU64::new(0));
+            messages.push(Arc::clone(&heard));
+            let (over, events) = (Arc::clone(&over), Arc::clone(&events));
+            threads.push(thread::spawn(move || {
+                while !over.load(Ordering::Relaxed) {
+                    let mut notifications = client.notifications();
+                    let mut waiting = notifications.timeout_iter(Duration::from_millis(200));
+                    while let Some(message) = waiting.next()? {
+                        heard.fetch_add(1, Ordering::Relaxed);
+                        if listener == 0 {
+                            let lines = message.payload().split('\n').count() as u64;
+                            events.fetch_add(lines, Ordering::Relaxed);
+                        }
+                    }
+                }
+                Ok(())
+            }));
+        }
+        Ok(Self { over, events, messages, threads })
+    }
+
+    /// How many events each of them has heard of.
+    pub fn events(&self) -> u64 {
+        self.events.load(Ordering::Relaxed)
+    }
+
+    /// Waits until all events have been announced, or passed in silence, and all have heard the same.
+    pub fn settle(&self, client: &mut Client) -> Result<()> {
+        let is_behind = "SELECT EXISTS (SELECT FROM session_lifecycle_events e WHERE NOT EXISTS (
+                             SELECT FROM lifecycle_event_positions p WHERE p.event_id = e.event_id))
+                             OR EXISTS (SELECT FROM lifecycle_event_positions
+                                         WHERE position > (SELECT announced_to FROM event_frontier))";
+        wait_until("the events to be announced", || {
+            Ok(!client.query_one(is_behind, &[])?.get::<_, bool>(0))
+        })?;
+        let mut before = Vec::new();
+        wait_until("all listeners to have heard the same", || {
+            let messages = self.messages.iter().map(|heard| heard.load(Ordering::Relaxed));
+            let now: Vec<u64> = messages.collect();
+            let is_same = now.windows(2).all(|pair| pair[0] == pair[1]);
+            Ok(std::mem::replace(&mut before, now.clone()) == now && is_same)
+        })
+    }
+
+    /// Ends it.
+    pub fn stop(self) -> Result<()> {
+        self.over.store(true, Ordering::Relaxed);
+        for thread in self.threads {
+            thread.join().map_err(|_| anyhow!("a listening thread panicked"))??;
+        }
+        Ok(())
+    }
+}
+
+/// Sets whether events are announced. A worker reads that when it begins: all is quiet here, so the one
+/// that is there ends.
+pub fn set_notify(client: &mut Client, database: &str, value: &str) -> Result<()> {
+    client.batch_execute(&format!("ALTER DATABASE {database} SET pg_claims.notify = {value}"))?;
+    let workers = "SELECT count(*) FROM pg_stat_activity
+                    WHERE datname = current_database() AND backend_type = 'pg_claims worker'";
+    wait_until("the worker to end", || Ok(client.query_one(workers, &[])?.get::<_, i64>(0) == 0))
+}
+
+fn wait_until(what: &str, mut is_so: impl FnMut() -> Result<bool>) -> Result<()> {
+    let end = Instant::now() + Duration::from_secs(120);
+    while !is_so()? {
+        ensure!(Instant::now() < end, "waited in vain for {what}");
+        thread::sleep(Duration::from_millis(300));
+    }
+    Ok(())
+}
