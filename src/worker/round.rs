@@ -19,6 +19,9 @@ use crate::spi::claim::reap::{self, Candidate, Policy};
 use crate::spi::manager::Due;
 use crate::spi::{Db, directive, health, heartbeat, manager, order, prune, session, time};
 
+/// How many claims one scan finds. Each scan reads all open claims, so that few find many.
+const SCAN_BATCH: i32 = 1000;
+
 /// How many claims or rows one transaction takes on.
 const BATCH: i32 = 100;
 
@@ -334,10 +337,10 @@ fn attend_between(stay: &Stay<'_>, run: &mut health::Run, mut after: i64, up_to:
     let mut something = false;
     while after < up_to {
         let mut candidates = step(run, c"pg_claims: looking for stale sessions", |db| {
-            reap::scan(db, policy, after, BATCH)
+            reap::scan(db, policy, after, SCAN_BATCH)
         })
         .unwrap_or_default();
-        let is_last = candidates.len() < BATCH as usize;
+        let is_last = candidates.len() < SCAN_BATCH as usize;
         candidates.retain(|candidate| candidate.claim_id <= up_to);
         let Some(last) = candidates.last() else { break };
         after = last.claim_id;
@@ -346,7 +349,9 @@ fn attend_between(stay: &Stay<'_>, run: &mut health::Run, mut after: i64, up_to:
         // them locked.
         let (due, alive): (Vec<_>, Vec<_>) =
             candidates.iter().cloned().partition(|candidate| candidate.is_due);
-        attend_batch(stay, run, &alive, policy);
+        for alive in alive.chunks(BATCH as usize) {
+            attend_batch(stay, run, alive, policy);
+        }
         for due in due.chunks(REAP_BATCH) {
             if !attend_batch(stay, run, due, policy) {
                 return Attended::BrokenOff;
