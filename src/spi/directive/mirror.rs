@@ -263,7 +263,7 @@ pub fn follow(db: &Db<'_>, before: Option<&str>, session: Option<&Session>) -> R
     }
 }
 
-/// Where the server defers nothing for the backlog's owner (see [`ActingAs`]), the backlog's own
+/// Where the server defers nothing for the backlog's owner (see [`ActingAs`](crate::identity::ActingAs)), the backlog's own
 /// deferrable constraints are made immediate for the time of a write, and then as they were.
 fn set_constraints(db: &Db<'_>, immediate: bool) -> Result<()> {
     if cfg!(feature = "pg18") {
