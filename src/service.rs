@@ -15,9 +15,17 @@ thread_local! {
 /// Since when the server accepts writes: its start, the end of its recovery after a crash, or its
 /// promotion. `None` on a standby, which does not.
 ///
+/// The present moment while it is only beginning (or this is a single-user server).
+pub fn since() -> Option<DateTime<Utc>> {
+    if is_in_recovery() { None } else { Some(run().unwrap_or_else(time::now)) }
+}
+
+/// What tells this run of the server from any other: since when it accepts writes. `None` where it does not,
+/// or is only beginning to.
+///
 /// The WAL writer is started at exactly that moment, and never again while the server runs: if it
 /// is lost, so is every other process. A process that has seen it need not look again.
-pub fn since() -> Option<DateTime<Utc>> {
+pub fn run() -> Option<DateTime<Utc>> {
     if let Some(since) = SINCE.get() {
         return Some(since);
     }
@@ -30,11 +38,6 @@ pub fn since() -> Option<DateTime<Utc>> {
             since = Some(time::from_microseconds(process.st_proc_start_timestamp));
         }
     });
-    if since.is_none() {
-        // It is being started at this very moment (or this is a single-user server): look again
-        // next time.
-        return Some(time::now());
-    }
     SINCE.set(since);
     since
 }

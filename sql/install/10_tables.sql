@@ -152,6 +152,7 @@ CREATE TABLE heartbeat_connections (
     backend_pid          integer     NOT NULL,
     backend_start        timestamptz NOT NULL,
     session_id           text        NOT NULL,
+    server_since         timestamptz,
     started_at           timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
     last_attempt_at      timestamptz,
     last_success_at      timestamptz,

@@ -32,6 +32,8 @@ COMMENT ON TABLE event_frontier IS
     'How far that order has got, and which event numbers below may still appear.';
 COMMENT ON TABLE heartbeat_connections IS
     'The connections for which the server beats: see start_heartbeat().';
+COMMENT ON COLUMN heartbeat_connections.server_since IS
+'Since when the server accepted writes that the connection was to: its end with a restart is not its session''s.';
 COMMENT ON COLUMN heartbeat_connections.given_up_at IS 'When it stopped after too many failures in a row.';
 COMMENT ON TABLE worker_health IS 'How the worker does in this database: see v_worker_health.';
 COMMENT ON VIEW v_worker_health IS

@@ -9,7 +9,7 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde::Serialize;
 
-use super::{answer, check_may_act_for, shared};
+use super::{answer, check_may_act_for, running, shared};
 use crate::error::{ClaimError, Result, checked_id};
 use crate::guc;
 use crate::jsonb::Jsonb;
@@ -34,14 +34,15 @@ struct Next {
     queue_reason: Option<QueueReason>,
 }
 
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
+// Not SECURITY DEFINER, as claim_sd.
+#[pg_extern(volatile, parallel_unsafe)]
 fn claim_next_sd(
     p_session_id: Option<&str>,
     p_track: default!(Option<&str>, "NULL"),
+    fcinfo: pg_sys::FunctionCallInfo,
 ) -> Result<Jsonb, ErrorReport> {
     let session_id = checked_id("p_session_id", p_session_id)?;
-    Ok(Db::connect(|db| answer(claim_next(db, session_id, p_track)?))?)
+    Ok(Db::connect_for(running(fcinfo), |db| answer(claim_next(db, session_id, p_track)?))?)
 }
 
 /// Each round ends it, passes over one more SD for good, or finds that what the session held or was

@@ -14,7 +14,7 @@ use super::row::Row;
 use super::statement::{Db, Statement, required};
 use super::time;
 use crate::error::Result;
-use crate::guc;
+use crate::{guc, service};
 
 /// A connection, by the process that serves it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,8 +70,9 @@ static START: Statement = Statement::new(
     |c| {
         format!(
             "INSERT INTO {}.heartbeat_connections
-                    (backend_pid, backend_start, session_id, last_attempt_at, last_success_at)
-             VALUES ($1, $2, $3, $4, $4)
+                    (backend_pid, backend_start, session_id, last_attempt_at, last_success_at,
+                     server_since)
+             VALUES ($1, $2, $3, $4, $4, $5)
              ON CONFLICT (backend_pid, backend_start) DO UPDATE
                 SET session_id = EXCLUDED.session_id, started_at = EXCLUDED.started_at,
                     last_attempt_at = EXCLUDED.last_attempt_at,
@@ -80,7 +81,7 @@ static START: Statement = Statement::new(
             c.schema
         )
     },
-    &[INT4OID, TIMESTAMPTZOID, TEXTOID, TIMESTAMPTZOID],
+    &[INT4OID, TIMESTAMPTZOID, TEXTOID, TIMESTAMPTZOID, TIMESTAMPTZOID],
 );
 
 /// Begins to beat for the connection, whose first heartbeat was recorded at `beat_at`.
@@ -95,6 +96,7 @@ pub fn start(
         time::to_server(connection.start)?.into(),
         session_id.into(),
         time::to_server(beat_at)?.into(),
+        service::run().map(time::to_server).transpose()?.into(),
     ];
     db.run(&START, &arguments)?;
     Ok(())
@@ -304,20 +306,53 @@ pub fn ended(db: &Db<'_>) -> Result<Vec<Due>> {
     read_connections(db.run(&ENDED, &[])?)
 }
 
-static IS_SERVED: Statement = Statement::new(
-    |c| format!("SELECT 1 FROM {}.heartbeat_connections WHERE session_id = $1", c.schema),
-    &[TEXTOID],
+// Others of this run of the server count; what was left by an earlier one has ended as well.
+static FORGET: Statement = Statement::new(
+    |c| {
+        format!(
+            "DELETE FROM {x}.heartbeat_connections c
+              WHERE c.backend_pid = $1 AND c.backend_start = $2
+          RETURNING c.server_since IS NOT DISTINCT FROM $3,
+                    EXISTS (SELECT FROM {x}.heartbeat_connections o
+                             WHERE o.session_id = c.session_id AND o.server_since = $3
+                               AND (o.backend_pid, o.backend_start)
+                                   <> (c.backend_pid, c.backend_start))",
+            x = c.schema
+        )
+    },
+    &[INT4OID, TIMESTAMPTZOID, TIMESTAMPTZOID],
 );
 
-/// Forgets a connection that has ended. Returns whether its session's claim is to be released:
-/// that is what the setting asks for, no other connection beats for the session, and it was not
-/// the server's own restart that ended the connection.
-pub fn forget(db: &Db<'_>, ended: &Due) -> Result<bool> {
-    if stop(db, ended.connection)?.is_none() {
-        return Ok(false);
-    }
-    let by_restart = crate::service::since().is_some_and(|since| ended.connection.start < since);
-    Ok(guc::on_disconnect() == guc::OnDisconnect::Release
-        && !by_restart
-        && db.first_row(&IS_SERVED, &[ended.session_id.as_str().into()])?.is_none())
+/// What follows from a connection's end for the claim of its session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Consequence {
+    /// None: the setting asks for none, or somebody else has seen to it.
+    None,
+    /// None although the setting asks for its release, for this reason.
+    Kept(&'static str),
+    /// It is to be released.
+    Release,
+}
+
+/// Forgets a connection that has ended, in this run of the server or an earlier one.
+pub fn forget(db: &Db<'_>, ended: &Due, run: DateTime<Utc>) -> Result<Consequence> {
+    let connection = ended.connection;
+    let arguments = [
+        connection.pid.into(),
+        time::to_server(connection.start)?.into(),
+        time::to_server(run)?.into(),
+    ];
+    let Some(row) = db.first_row(&FORGET, &arguments)? else {
+        return Ok(Consequence::None);
+    };
+    let (is_of_this_run, is_served) = (row.flag(1)?, row.flag(2)?);
+    Ok(if guc::on_disconnect() != guc::OnDisconnect::Release {
+        Consequence::None
+    } else if !is_of_this_run {
+        Consequence::Kept("it was the server's restart that ended it")
+    } else if is_served {
+        Consequence::Kept("another connection beats for the session")
+    } else {
+        Consequence::Release
+    })
 }

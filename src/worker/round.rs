@@ -15,8 +15,9 @@ use super::step::{STEP_LIMIT, note, step, try_step};
 use crate::board;
 use crate::error::{ClaimError, Result};
 use crate::guc;
+use crate::service;
 use crate::spi::claim::reap::{self, Candidate, Policy};
-use crate::spi::manager::Due;
+use crate::spi::manager::{Consequence, Due};
 use crate::spi::{Db, directive, health, heartbeat, manager, order, prune, session, time};
 
 /// How many claims one scan finds. Each scan reads all open claims, so that few find many.
@@ -264,12 +265,22 @@ fn beat(db: &Db<'_>, due: &Due) -> Result<Beaten> {
 
 /// Forgets connections that have ended, and releases what they held if a setting says so.
 fn release_ended_connections(run: &mut health::Run) -> bool {
+    // Just beginning; the next look is soon.
+    let Some(server_run) = service::run() else { return false };
     let ended =
         step(run, c"pg_claims: looking for ended connections", manager::ended).unwrap_or_default();
     for ended in &ended {
         step(run, c"pg_claims: forgetting ended connections", |db| {
-            if !manager::forget(db, ended)? {
-                return Ok(());
+            match manager::forget(db, ended, server_run)? {
+                Consequence::Release => {}
+                Consequence::Kept(why) => {
+                    pgrx::log!(
+                        "pg_claims: a connection of session \"{}\" has ended; its claim is kept, as {why}",
+                        ended.session_id
+                    );
+                    return Ok(());
+                }
+                Consequence::None => return Ok(()),
             }
             let Some(found) = session::find(db, &ended.session_id)? else { return Ok(()) };
             if let Some((sd_id, claim_id)) = found.sd_id.zip(found.claim_id) {

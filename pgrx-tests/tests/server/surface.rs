@@ -203,8 +203,9 @@ fn everything_has_a_comment_and_functions_pin_their_search_path() {
     );
     let without = [
         "check_guarded_write",
+        // Takes the owner's rights for what needs a statement, as claim_sd and release_sd do.
+        "claim_next_sd",
         "claim_reclaimable_at",
-        // Takes the owner's rights for what needs a statement.
         "claim_sd",
         "close_on_board",
         "dependency_keys",
@@ -217,7 +218,6 @@ fn everything_has_a_comment_and_functions_pin_their_search_path() {
         "latest_heartbeat",
         "lease_expires_at",
         "refuse_guarded_truncate",
-        // As claim_sd.
         "release_sd",
         // Reads views, with the rights of whoever reads.
         "sd_blockers",

@@ -116,6 +116,17 @@ fn a_client_killed_without_a_word_loses_its_sd() {
     assert_in_step(&mut c);
 }
 
+/// Terminates a backend and waits until it has gone.
+fn terminate(c: &mut Client, pid: i32) {
+    let told: bool = c.query_one("SELECT pg_terminate_backend($1)", &[&pid]).unwrap().get(0);
+    assert!(told, "there is no backend {pid}");
+    wait_until("the backend to have gone", || {
+        // Within a transaction as well.
+        let gone = "SELECT pg_stat_clear_snapshot(), NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1)";
+        c.query_one(gone, &[&pid]).unwrap().get(1)
+    });
+}
+
 #[test]
 fn a_terminated_backend_s_claim_is_released_at_once_if_so_set() {
     let (server, mut c) = served("disconnect", &["pg_claims.on_disconnect = release"]);
@@ -131,30 +142,35 @@ fn a_terminated_backend_s_claim_is_released_at_once_if_so_set() {
     });
     assert!(!is_free(&mut c, "SD-1"));
     let pid = pg_claims_tests::backend_pid(&mut holder);
-    c.execute("SELECT pg_terminate_backend($1)", &[&pid]).unwrap();
-    let start = Instant::now();
-    while !is_free(&mut c, "SD-1") {
-        if start.elapsed() > Duration::from_secs(25) {
-            for q in [
-                "SELECT to_jsonb(w)::text FROM v_worker_health w",
-                "SELECT to_jsonb(w)::text FROM heartbeat_connections w",
-                "SELECT to_jsonb(w)::text FROM pg_stat_activity w",
-                "SELECT to_jsonb(w)::text FROM claude_sessions w",
-                "SELECT to_jsonb(w)::text FROM session_lifecycle_events w",
-            ] {
-                eprintln!("DIAG {q}");
-                for r in c.query(q, &[]).unwrap() {
-                    eprintln!("DIAG {}", r.get::<_, String>(0));
-                }
-            }
-            panic!("DIAG end");
-        }
-        std::thread::sleep(Duration::from_millis(2));
-    }
+    terminate(&mut c, pid);
+    wait_until("the claim to be released", || is_free(&mut c, "SD-1"));
     let reason = "SELECT release_reason FROM sd_claims WHERE sd_id = 'SD-1'";
     assert_eq!(value(&mut c, reason).as_deref(), Some("connection_ended"));
     assert_eq!(beat(&mut c, "s1")["lost_claim"]["reason"], "connection_ended");
     assert_in_step(&mut c);
+}
+
+#[test]
+fn a_connection_of_an_earlier_run_of_the_server_does_not_keep_a_claim() {
+    let (server, mut c) = served("disconnect-mixed", &["pg_claims.on_disconnect = release"]);
+    let mut holder = connect(&server, "postgres");
+    granted(&mut holder, "SD-1", "s1");
+    json(&mut holder, "SELECT start_heartbeat('s1')", &[]);
+    let pid = pg_claims_tests::backend_pid(&mut holder);
+    // The worker finds both at once.
+    c.batch_execute(
+        "BEGIN;
+         LOCK TABLE heartbeat_connections IN SHARE ROW EXCLUSIVE MODE;
+         INSERT INTO heartbeat_connections (backend_pid, backend_start, session_id, server_since)
+         VALUES (1, now() - interval '1 day', 's1', now() - interval '2 days')",
+    )
+    .unwrap();
+    terminate(&mut c, pid);
+    c.batch_execute("COMMIT").unwrap();
+    wait_until("both connections to be forgotten", || {
+        count(&mut c, "SELECT count(*) FROM heartbeat_connections") == 0
+    });
+    wait_until("the claim to be released", || is_free(&mut c, "SD-1"));
 }
 
 #[test]
