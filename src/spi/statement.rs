@@ -121,7 +121,8 @@ impl Db<'_> {
         if let Rights::OfOwner { function, acting } = &self.rights
             && acting.get().is_none()
         {
-            let _ = acting.set(ActingAs::extension_owner(*function)?);
+            let owner = ActingAs::extension_owner(*function)?;
+            acting.get_or_init(|| owner);
         }
         Ok(())
     }
