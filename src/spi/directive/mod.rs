@@ -21,4 +21,4 @@ pub use columns::Columns;
 pub use find::{Found, find};
 pub use guarded::{guard_table, unguard_table};
 pub use mirror::{count_out_of_step, follow, lock, target, title, try_lock};
-pub use own::{is_terminal, lock as lock_own, says_free};
+pub use own::{is_terminal, says_free, try_lock_found};

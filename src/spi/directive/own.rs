@@ -50,6 +50,17 @@ pub fn lock(db: &Db<'_>, sd_id: &str, wait: Wait) -> Result<Lock> {
     })
 }
 
+/// Locks an SD that was found, unless another transaction is writing it.
+pub fn try_lock_found(db: &Db<'_>, snapshot: &Snapshot, found: &TableRow) -> Result<Lock> {
+    let table = Table::to_write(db, Name::Directives)?;
+    let lock = table.lock(snapshot, found, Wait::Skip)?;
+    if let Lock::Held(row) = &lock {
+        let sd_id = row.required_text(column::SD_ID, "strategic_directives_v2.sd_id")?;
+        table.remember(Key::Text(&sd_id), row);
+    }
+    Ok(lock)
+}
+
 /// Makes the SD's row say that `session_id` works on it, or nobody. False where a statement must do it.
 pub fn sync(db: &Db<'_>, sd_id: &str, session_id: Option<&str>) -> Result<bool> {
     let table = Table::to_write(db, Name::Directives)?;

@@ -13,7 +13,7 @@ use crate::spi::session::Session;
 use crate::spi::statement::Db;
 use crate::spi::table::layout::directives as column;
 use crate::spi::table::layout::sessions;
-use crate::spi::table::{Key, Lock, Name, Snapshot, Table, TableRow, Wait};
+use crate::spi::table::{Key, Lock, Name, Snapshot, Table, TableRow};
 use crate::spi::{conflict, directive, guard, heartbeat, hold};
 
 /// So many SDs are asked about one by one; then one statement for all of them is quicker.
@@ -51,7 +51,7 @@ pub fn next(
             return Ok(false);
         }
         choice = match is_eligible(db, &backlog, &snapshot, &sd_id, row)? {
-            Some(true) => lock(db, &sd_id, row)?,
+            Some(true) => lock(db, &snapshot, &sd_id, row)?,
             Some(false) => None,
             None => {
                 unknown += 1;
@@ -144,11 +144,12 @@ fn waits(
 
 /// Locks the SD, if it is free and, in what matters, still as it was seen. What becomes of the SDs that it
 /// waits for counts as having come after the claim.
-fn lock(db: &Db<'_>, sd_id: &str, seen: &TableRow) -> Result<Option<Choice>> {
-    let Lock::Held(row) = directive::lock_own(db, sd_id, Wait::Skip)? else {
+fn lock(db: &Db<'_>, snapshot: &Snapshot, sd_id: &str, seen: &TableRow) -> Result<Option<Choice>> {
+    let Lock::Held(row) = directive::try_lock_found(db, snapshot, seen)? else {
         return Ok(None);
     };
-    let is_as_seen = !directive::is_terminal(db, row.text(column::STATUS)?.as_deref())?
+    let is_as_seen = row.says(column::SD_ID, sd_id)
+        && !directive::is_terminal(db, row.text(column::STATUS)?.as_deref())?
         && row.json_text(column::DEPENDENCIES) == seen.json_text(column::DEPENDENCIES)
         && row.text(column::TRACK)? == seen.text(column::TRACK)?
         && row.flag(column::IS_WORKING_ON)? == seen.flag(column::IS_WORKING_ON)?

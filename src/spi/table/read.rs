@@ -60,9 +60,14 @@ impl Table {
             None => None,
         };
         let row = row.or_else(|| self.find_where(snapshot, index, key, |_| true))?;
+        self.remember(key, &row);
+        Some(row)
+    }
+
+    /// Has the row with this primary key be looked for in its place first, by this transaction.
+    pub fn remember(&self, key: Key<'_>, row: &TableRow) {
         // SAFETY: the row's place is set.
         places::remember(self.known.oid, key, unsafe { *row.place() });
-        Some(row)
     }
 
     /// The row at a place, if the snapshot shows that one.

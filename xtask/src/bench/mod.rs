@@ -24,7 +24,7 @@ use crate::lock::Lock;
 use crate::progress;
 use crate::setup::{self, Choice};
 use pgbench::Plan;
-use report::{Finding, Goal};
+use report::{Finding, Goal, Measured};
 
 /// What was asked for.
 pub struct Options {
@@ -166,7 +166,7 @@ impl Bench {
         &mut self,
         number: u8,
         what: &str,
-        rates: [f64; 2],
+        measured: [&Measured; 2],
         unit: &str,
         theirs: &str,
         goal: Goal,
@@ -177,16 +177,32 @@ impl Bench {
         let finding = Finding {
             number,
             what: what.into(),
-            ours: told(rates[0]),
-            theirs: format!("{theirs}: {}", told(rates[1])),
-            ratio: rates[0] / rates[1],
+            ours: told(measured[0].median()),
+            theirs: format!("{theirs}: {}", told(measured[1].median())),
+            ratios: measured[0].ratio_to(measured[1]),
             goal,
         };
         progress::note(format_args!(
             "{what}: {}, {} (ratio {:.2}, goal {goal})",
-            finding.ours, finding.theirs, finding.ratio
+            finding.ours,
+            finding.theirs,
+            finding.ratio()
         ));
         self.findings.push(finding);
+    }
+
+    /// The same for what is measured once.
+    fn find_once(
+        &mut self,
+        number: u8,
+        what: &str,
+        values: [f64; 2],
+        unit: &str,
+        theirs: &str,
+        goal: Goal,
+    ) {
+        let [ours, other] = values.map(Measured::once);
+        self.find(number, what, [&ours, &other], unit, theirs, goal);
     }
 
     fn write(&self, folder: &Path, table: &str, minutes: u64) -> Result<()> {
@@ -196,7 +212,7 @@ impl Bench {
         fs::write(folder.join("benchmarks.svg"), report::chart(&self.findings))?;
         let text = format!(
             "# Benchmarks\n\nWritten by `cargo xtask bench`, which took {minutes} minutes. Trust the ratios: both sides of each ran on\n\
-             one server, in turns of {seconds} s, {rounds} each; the number is the median.\n\n{table}\n\
+             one server, in turns of {seconds} s, {rounds} each. The numbers are medians; a ratio is that of\nthe two turns of one round, and its range is told as well.\n\n{table}\n\
              ![How each ratio stands to its goal](benchmarks.svg)\n\n## How\n\n\
              - Machine: {machine}.\n- Server: {version}, {settings}.\n\
              - Claims: {CLIENTS} clients, asynchronous commit; heartbeats: {BEATING} clients; pgbench with prepared statements.\n\

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use pg_claims_tests::Server;
 
+use super::report::Measured;
+
 /// One side of a comparison.
 pub struct Side<'a> {
     /// Where it runs.
@@ -57,28 +59,23 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The sides in turns; the median of each.
-    pub fn in_turns(&self, sides: &[Side<'_>]) -> Result<Vec<f64>> {
-        self.medians(sides.len(), |side| sides[side].run(&self.folder, self.seconds))
+    /// The sides in turns.
+    pub fn in_turns(&self, sides: &[Side<'_>]) -> Result<Vec<Measured>> {
+        self.measure(sides.len(), |side| sides[side].run(&self.folder, self.seconds))
     }
 
     /// The same for anything that can be measured.
-    pub fn medians(
+    pub fn measure(
         &self,
         sides: usize,
         mut measure: impl FnMut(usize) -> Result<f64>,
-    ) -> Result<Vec<f64>> {
-        let mut measured = vec![Vec::new(); sides];
+    ) -> Result<Vec<Measured>> {
+        let mut measured = vec![Measured::default(); sides];
         for _ in 0..self.rounds {
             for (side, measured) in measured.iter_mut().enumerate() {
-                measured.push(measure(side)?);
+                measured.add(measure(side)?);
             }
         }
-        Ok(measured.into_iter().map(median).collect())
+        Ok(measured)
     }
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }

@@ -1,5 +1,40 @@
 //! What was measured, for a terminal, as Markdown and as a chart.
 
+/// What one side measured, round by round.
+#[derive(Debug, Clone, Default)]
+pub struct Measured(Vec<f64>);
+
+impl Measured {
+    /// What was measured once.
+    pub fn once(value: f64) -> Self {
+        Self(vec![value])
+    }
+
+    /// Adds another round's.
+    pub fn add(&mut self, value: f64) {
+        self.0.push(value);
+    }
+
+    /// The round in the middle.
+    pub fn median(&self) -> f64 {
+        let mut values = self.0.clone();
+        values.sort_by(f64::total_cmp);
+        values[values.len() / 2]
+    }
+
+    /// Each round's ratio to the other side's in the same round, whatever the machine was like at that time.
+    pub fn ratio_to(&self, other: &Self) -> Self {
+        Self(self.0.iter().zip(&other.0).map(|(ours, theirs)| ours / theirs).collect())
+    }
+
+    /// The least and the greatest, if there were several rounds.
+    fn range(&self) -> Option<(f64, f64)> {
+        let least = self.0.iter().copied().fold(f64::INFINITY, f64::min);
+        let greatest = self.0.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        (self.0.len() > 1).then_some((least, greatest))
+    }
+}
+
 /// One line of the report.
 pub struct Finding {
     /// The number of the comparison.
@@ -10,8 +45,8 @@ pub struct Finding {
     pub ours: String,
     /// What it is compared with.
     pub theirs: String,
-    /// The one divided by the other.
-    pub ratio: f64,
+    /// The one divided by the other, round by round.
+    pub ratios: Measured,
     /// What the ratio is to be.
     pub goal: Goal,
 }
@@ -48,10 +83,21 @@ impl std::fmt::Display for Goal {
 }
 
 impl Finding {
+    /// The ratio in the middle.
+    pub fn ratio(&self) -> f64 {
+        self.ratios.median()
+    }
+
+    fn spread(&self) -> String {
+        self.ratios
+            .range()
+            .map_or_else(String::new, |(least, greatest)| format!("{least:.2} to {greatest:.2}"))
+    }
+
     fn verdict(&self) -> &'static str {
         match self.goal {
             Goal::None => "",
-            goal if goal.is_met_by(self.ratio) => "met",
+            goal if goal.is_met_by(self.ratio()) => "met",
             _ => "**missed**",
         }
     }
@@ -59,15 +105,18 @@ impl Finding {
 
 /// The findings as a table that reads well in a terminal and as Markdown.
 pub fn table(findings: &[Finding]) -> String {
-    let mut rows =
-        vec![["#", "what", "pg_claims", "compared with", "ratio", "goal", ""].map(String::from)];
+    let mut rows = vec![
+        ["#", "what", "pg_claims", "compared with", "ratio", "rounds", "goal", ""]
+            .map(String::from),
+    ];
     rows.extend(findings.iter().map(|finding| {
         [
             finding.number.to_string(),
             finding.what.clone(),
             finding.ours.clone(),
             finding.theirs.clone(),
-            format!("{:.2}", finding.ratio),
+            format!("{:.2}", finding.ratio()),
+            finding.spread(),
             finding.goal.to_string(),
             finding.verdict().to_owned(),
         ]
@@ -99,8 +148,8 @@ pub fn chart(findings: &[Finding]) -> String {
     let compared: Vec<(&Finding, f64, f64)> = findings
         .iter()
         .filter_map(|finding| match finding.goal {
-            Goal::AtLeast(least) => Some((finding, finding.ratio / least, least)),
-            Goal::AtMost(most) => Some((finding, most / finding.ratio, most)),
+            Goal::AtLeast(least) => Some((finding, finding.ratio() / least, least)),
+            Goal::AtMost(most) => Some((finding, most / finding.ratio(), most)),
             Goal::None => None,
         })
         .collect();
@@ -122,7 +171,7 @@ pub fn chart(findings: &[Finding]) -> String {
             y,
             LEFT + length + 6,
             y + 13,
-            finding.ratio,
+            finding.ratio(),
         ));
     }
     svg.push_str(&format!(
