@@ -242,7 +242,7 @@ fn read(db: &Db<'_>) -> Result<Catalog> {
           FROM pg_catalog.pg_extension e
           JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace
          WHERE e.extname = 'pg_claims'";
-    let rows = db.run_once(EXTENSION, &[])?;
+    let rows = db.ask(EXTENSION, &[])?;
     if rows.is_empty() {
         return Err(ClaimError::NotInstalled);
     }

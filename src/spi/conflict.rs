@@ -23,6 +23,9 @@ const OF_SD: &str = "(sd_id_a = $1 OR sd_id_b = $1) AND resolved_at IS NULL
 /// Whether the SD has any.
 pub fn any(db: &Db<'_>, snapshot: &Snapshot, sd_id: &str) -> Result<bool> {
     let table = Table::to_read(db, Name::Conflicts)?;
+    if table.is_bare() {
+        return Ok(false);
+    }
     let is_blocking = |row: &TableRow| matches!(row.text(column::SEVERITY), Ok(Some(severity)) if severity == "blocking");
     let key = Key::Text(sd_id);
     Ok([column::OPEN_BY_SD_A, column::OPEN_BY_SD_B]

@@ -38,6 +38,9 @@ pub fn hold(db: &Db<'_>, sd_id: &str, reason: &str) -> Result<Hold> {
 /// The stop sign on an SD, if there is one.
 pub fn find(db: &Db<'_>, snapshot: &Snapshot, sd_id: &str) -> Result<Option<Hold>> {
     let table = Table::to_read(db, Name::Holds)?;
+    if table.is_bare() {
+        return Ok(None);
+    }
     let Some(row) = table.find(snapshot, column::BY_SD_ID, Key::Text(sd_id)) else {
         return Ok(None);
     };

@@ -32,6 +32,9 @@ thread_local! {
     /// Kept plans by the address of their statement, with how often each has run. Plans are never freed: one may be running
     /// further up the stack when the catalogue changes, and it changes rarely.
     static PLANS: RefCell<HashMap<usize, &'static Kept>> = RefCell::new(HashMap::new());
+    /// The same for questions to the server's catalogues, by their text.
+    static QUESTIONS: RefCell<HashMap<&'static str, &'static OwnedPreparedStatement>> =
+        RefCell::new(HashMap::new());
 }
 
 /// A kept plan.
@@ -77,6 +80,29 @@ impl Drop for ByIndex {
             pg_sys::enable_seqscan = self.seqscan;
             pg_sys::jit_enabled = self.jit;
         }
+    }
+}
+
+/// Has the server plan once for all arguments until it is dropped, on an error as well. By the variable, as
+/// above.
+struct PlannedOnce(i32);
+
+impl PlannedOnce {
+    fn new() -> Self {
+        let once = pg_sys::PlanCacheMode::PLAN_CACHE_MODE_FORCE_GENERIC_PLAN;
+        // SAFETY: a variable of this process's, which the plan cache only reads.
+        unsafe {
+            let before = Self(pg_sys::plan_cache_mode);
+            pg_sys::plan_cache_mode = once as i32;
+            before
+        }
+    }
+}
+
+impl Drop for PlannedOnce {
+    fn drop(&mut self) {
+        // SAFETY: as above.
+        unsafe { pg_sys::plan_cache_mode = self.0 };
     }
 }
 
@@ -194,7 +220,31 @@ impl Db<'_> {
         Ok((!rows.is_empty()).then(|| rows.first()))
     }
 
-    /// Runs a statement once, without keeping a plan: reading the catalogue, and definitions.
+    /// Asks the server's catalogues. Each vacuum of one of the extension's tables has every connection do so
+    /// again, and planning takes several times as long as the answer.
+    pub fn ask(
+        &self,
+        question: &'static str,
+        arguments: &[DatumWithOid<'_>],
+    ) -> Result<SpiTupleTable<'_>> {
+        self.take_rights()?;
+        let kept = QUESTIONS.with_borrow(|questions| questions.get(question).copied());
+        let kept = match kept {
+            Some(kept) => kept,
+            None => {
+                let types: Vec<PgOid> = arguments.iter().map(|a| PgOid::from(a.oid())).collect();
+                let kept: &'static _ =
+                    Box::leak(Box::new(self.client.prepare_mut(question, &types)?.keep()));
+                QUESTIONS.with_borrow_mut(|questions| questions.insert(question, kept));
+                kept
+            }
+        };
+        let _planned_once = PlannedOnce::new();
+        let _by_index = ByIndex::new(true);
+        Ok(self.client.select(kept, None, arguments)?)
+    }
+
+    /// Runs a statement once, without keeping a plan: definitions.
     pub fn run_once(
         &self,
         text: &str,

@@ -78,8 +78,10 @@ pub fn acquire(
 ) -> Result<Result<Claimed, Refusal>> {
     let Request { sd_id, session_id, queued, .. } = request;
     let mut locked: Vec<String> = queued.iter().map(|_| sd_id.to_owned()).collect();
+    // That nobody holds the SD, until it turns out to be wrong.
+    let mut trusts_backlog = true;
     for _ in 0..ROUNDS {
-        let picture = if locked.is_empty() {
+        let picture = if trusts_backlog {
             picture::glance(db, session_id, sd_id)?
         } else {
             picture::look(db, Some(session_id), sd_id)?
@@ -138,9 +140,16 @@ pub fn acquire(
                     return Ok(Err(Refusal::SdBusy { sd_id }));
                 }
                 let request = Request { sd_id: &sd_id, ..request };
-                if let Some(claimed) = take(db, request, &session, loser)? {
+                // What was not seen of an owner is seen next time.
+                let wait = if queued.is_some() || (trusts_backlog && loser.is_none()) {
+                    Wait::Skip
+                } else {
+                    Wait::Block
+                };
+                if let Some(claimed) = take(db, request, &session, loser, wait)? {
                     return Ok(Ok(claimed));
                 }
+                trusts_backlog = false;
             }
         }
     }
@@ -198,12 +207,14 @@ fn judge(
     Ok(Verdict::Take { sd_id: sd.sd_id, session: Box::new(session), loser, has_conflicts })
 }
 
-/// Writes the claim. `None` when something changed since the look; then nothing is left behind.
+/// Writes the claim. `None` when something changed since the look; then nothing is left behind. `wait` is for
+/// an acquisition that somebody is opening past the SD's lock.
 fn take(
     db: &Db<'_>,
     request: Request<'_>,
     session: &Session,
     loser: Option<Owner>,
+    wait: Wait,
 ) -> Result<Option<Claimed>> {
     let Request { sd_id, session_id, track, force, queued } = request;
     let held = session.claim_id;
@@ -235,7 +246,7 @@ fn take(
         took_over: loser.as_ref().map(|owner| owner.claim_id),
         queued,
     };
-    let Some((claim_id, claimed_at)) = history::open(db, opened)? else {
+    let Some((claim_id, claimed_at)) = history::open(db, opened, wait)? else {
         return match loser {
             None => Ok(None),
             // The SD is locked and its owner has just lost it: an acquisition that is still open

@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::spi::row::Row;
 use crate::spi::statement::{Db, Statement};
 use crate::spi::table::layout::claims as column;
-use crate::spi::table::{Key, Name, NewRow, Snapshot, Table, next_value};
+use crate::spi::table::{Key, Name, NewRow, Snapshot, Table, Wait, next_value};
 use crate::spi::time;
 
 thread_local! {
@@ -69,11 +69,12 @@ pub struct Opened<'a> {
     pub queued: Option<Queued<'a>>,
 }
 
-/// Opens an acquisition: its fencing token and its time. `None` when another one is open.
-pub fn open(db: &Db<'_>, opened: Opened<'_>) -> Result<Option<(i64, DateTime<Utc>)>> {
+/// Opens an acquisition: its fencing token and its time. `None` when another one is open. Whoever is just
+/// opening one is waited for, unless `wait` says to pass and the table may be written directly.
+pub fn open(db: &Db<'_>, opened: Opened<'_>, wait: Wait) -> Result<Option<(i64, DateTime<Utc>)>> {
     let table = Table::to_write(db, Name::Claims)?;
     if table.may_be_written() {
-        return open_directly(db, &table, opened);
+        return open_directly(db, &table, opened, wait);
     }
     let Opened { sd_id, session_id, track, hostname, codebase, took_over, queued } = opened;
     let _opening = Opening::new();
@@ -96,36 +97,36 @@ pub fn open(db: &Db<'_>, opened: Opened<'_>) -> Result<Option<(i64, DateTime<Utc
     )))
 }
 
-/// The SD is locked, and nobody holds it, so that no acquisition of it is open; one that somebody has
-/// opened past the functions and the triggers is the unique index's error. But the queue must be able to
-/// pass such an SD over.
+/// The SD is locked, and nobody holds it, so that no acquisition of it is open; where one is to be waited for
+/// that somebody has opened past the functions and the triggers, that is the unique index's error.
 fn open_directly(
     db: &Db<'_>,
     table: &Table,
     opened: Opened<'_>,
+    wait: Wait,
 ) -> Result<Option<(i64, DateTime<Utc>)>> {
-    let open = Key::Text(opened.sd_id);
-    if opened.queued.is_some()
-        && table.any(&Snapshot::take(), column::OPEN_BY_SD_ID, open, |_| Ok(true))?
-    {
-        return Ok(None);
-    }
     let claim_id = next_id(db)?;
     let claimed_at = time::now();
     let queued = opened.queued;
-    table.insert(
-        &NewRow::default()
-            .set(column::CLAIM_ID, claim_id)
-            .set(column::SD_ID, opened.sd_id)
-            .set(column::SESSION_ID, opened.session_id)
-            .set(column::TRACK, opened.track)
-            .set(column::HOSTNAME, opened.hostname)
-            .set(column::CODEBASE, opened.codebase)
-            .set(column::CLAIMED_AT, time::to_server(claimed_at)?)
-            .set(column::TOOK_OVER_CLAIM_ID, opened.took_over)
-            .set(column::QUEUE_REASON, queued.map(|queued| queued.reason.as_str()))
-            .set(column::QUEUE_TRACK, queued.and_then(|queued| queued.track)),
-    );
+    let row = NewRow::default()
+        .set(column::CLAIM_ID, claim_id)
+        .set(column::SD_ID, opened.sd_id)
+        .set(column::SESSION_ID, opened.session_id)
+        .set(column::TRACK, opened.track)
+        .set(column::HOSTNAME, opened.hostname)
+        .set(column::CODEBASE, opened.codebase)
+        .set(column::CLAIMED_AT, time::to_server(claimed_at)?)
+        .set(column::TOOK_OVER_CLAIM_ID, opened.took_over)
+        .set(column::QUEUE_REASON, queued.map(|queued| queued.reason.as_str()))
+        .set(column::QUEUE_TRACK, queued.and_then(|queued| queued.track));
+    match wait {
+        Wait::Block => table.insert(&row),
+        Wait::Skip if table.try_insert(&row) => {}
+        Wait::Skip => {
+            discard(db, claim_id)?;
+            return Ok(None);
+        }
+    }
     Ok(Some((claim_id, claimed_at)))
 }
 
@@ -187,7 +188,7 @@ pub fn see_latest(db: &Db<'_>, sd_id: &str) -> Result<()> {
     if !time::has_transaction_snapshot() {
         return Ok(());
     }
-    match open(db, Opened { sd_id, ..Opened::default() })? {
+    match open(db, Opened { sd_id, ..Opened::default() }, Wait::Block)? {
         Some((claim_id, _)) => discard(db, claim_id),
         None => Ok(()),
     }

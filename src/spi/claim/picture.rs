@@ -49,8 +49,8 @@ pub fn look(db: &Db<'_>, session_id: Option<&str>, sd_id: &str) -> Result<Pictur
     look_at(db, session_id, sd_id, false)
 }
 
-/// Looks before anything is locked, to find out whether that is worth it: where the backlog says that
-/// nobody holds the SD, its owner is not searched for.
+/// The same, but where the backlog says that nobody holds the SD its owner is not searched for: that reads all
+/// that an old snapshot of somebody else's keeps of the claims on it.
 pub fn glance(db: &Db<'_>, session_id: &str, sd_id: &str) -> Result<Picture> {
     look_at(db, Some(session_id), sd_id, true)
 }

@@ -53,7 +53,7 @@ impl Backlog {
     /// The table `table_oid` with `columns`.
     pub fn of(db: &Db<'_>, table_oid: pg_sys::Oid, columns: Columns) -> Result<Self> {
         let row = db
-            .run_once(
+            .ask(
                 "SELECT pg_catalog.format('%I.%I', n.nspname, c.relname), c.relowner, c.relkind = 'r',
                         pg_catalog.format('pg_catalog, %I, pg_temp', n.nspname)
                    FROM pg_catalog.pg_class c
@@ -236,7 +236,7 @@ pub struct Order {
 }
 
 fn deferrable_constraints(db: &Db<'_>, table: pg_sys::Oid) -> Result<Vec<(String, bool)>> {
-    let rows = db.run_once(
+    let rows = db.ask(
         "SELECT DISTINCT pg_catalog.format('%I.%I', n.nspname, c.conname), t.tginitdeferred
            FROM pg_catalog.pg_trigger t
            JOIN pg_catalog.pg_constraint c ON c.oid = t.tgconstraint

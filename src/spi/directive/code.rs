@@ -13,7 +13,7 @@ use crate::spi::statement::Db;
 /// A function, operator or domain of an ordinary role's that an index, a constraint, extended statistics or
 /// the partitioning of the table uses, described. None of a table that is a superuser's.
 pub fn untrusted(db: &Db<'_>, table: pg_sys::Oid) -> Result<Option<String>> {
-    let rows = db.run_once(
+    let rows = db.ask(
         "WITH tables AS (
              SELECT $1 AS oid
               UNION SELECT relid::oid FROM pg_catalog.pg_partition_tree($1)),

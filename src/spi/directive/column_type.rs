@@ -24,7 +24,7 @@ impl ColumnType {
     /// The types of a table's columns. The collation 100 is the database's own.
     pub fn all(db: &Db<'_>, table: pg_sys::Oid) -> Result<Vec<Self>> {
         let mut types = Vec::new();
-        for row in db.run_once(
+        for row in db.ask(
             "SELECT a.attname::text, pg_catalog.format_type(b.oid, NULL),
                     a.attcollation NOT IN (0, 100)
                         AND b.typtype <> 'e',

@@ -137,7 +137,7 @@ impl Known {
     /// index that it is read by.
     pub fn look(db: &Db<'_>, oids: [pg_sys::Oid; Name::ALL.len()]) -> Result<AllKnown> {
         let mut known = AllKnown::default();
-        for row in db.run_once(LOOK, &[oids.to_vec().into()])? {
+        for row in db.ask(LOOK, &[oids.to_vec().into()])? {
             let found = required(row.get::<pg_sys::Oid>(1)?, "pg_class")?;
             let schema = required(row.get::<pg_sys::Oid>(2)?, "pg_class")?;
             let list = |position| -> Result<Vec<String>> {

@@ -104,6 +104,16 @@ impl Table {
         found.unwrap_or_else(|never| match never {}).then_some(row)
     }
 
+    /// Whether the table has not had a row since it was made or last emptied. Then no index need be asked, of
+    /// which even an empty one takes as long as many a search.
+    pub fn is_bare(&self) -> bool {
+        // SAFETY: the table is open. Nobody can empty it while it is, and what a snapshot shows has its page.
+        unsafe {
+            pg_sys::RelationGetNumberOfBlocksInFork(self.relation, pg_sys::ForkNumber::MAIN_FORKNUM)
+                == 0
+        }
+    }
+
     /// Whether there is such an index.
     pub fn has(&self, index: SpareIndex) -> bool {
         self.known.spare_index(index).is_some()

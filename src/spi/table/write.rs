@@ -166,8 +166,19 @@ impl Table {
         true
     }
 
-    /// Adds a row; columns without a value become NULL.
+    /// Adds a row; columns without a value become NULL. Waits for a transaction that is just adding one of the
+    /// same key, and is an error if there is one.
     pub fn insert(&self, new: &NewRow) {
+        self.insert_checked(new, Uniqueness::Required);
+    }
+
+    /// The same, but waits for nobody: false where another row has one of its keys, or may come to have it. Then
+    /// the new one must be deleted again.
+    pub fn try_insert(&self, new: &NewRow) -> bool {
+        self.insert_checked(new, Uniqueness::Told)
+    }
+
+    fn insert_checked(&self, new: &NewRow, uniqueness: Uniqueness) -> bool {
         let written = self.empty_row();
         // SAFETY: the slot is of this table, and all its columns are filled.
         unsafe {
@@ -177,7 +188,7 @@ impl Table {
             new.fill(written.slot);
             pg_sys::ExecStoreVirtualTuple(written.slot);
             pg_sys::simple_table_tuple_insert(self.relation, written.slot);
-            self.insert_index_entries(None, &written, false);
+            self.insert_index_entries(None, &written, false, uniqueness)
         }
     }
 
@@ -187,7 +198,7 @@ impl Table {
     unsafe fn update_indexes(&self, old: &TableRow, row: &TableRow, indexes: Indexes) {
         if indexes {
             // SAFETY: as promised.
-            unsafe { self.insert_index_entries(Some(old), row, false) };
+            unsafe { self.insert_index_entries(Some(old), row, false, Uniqueness::Required) };
         }
     }
 
@@ -198,10 +209,15 @@ impl Table {
         use pg_sys::TU_UpdateIndexes::{TU_None, TU_Summarizing};
         if indexes != TU_None {
             // SAFETY: as promised.
-            unsafe { self.insert_index_entries(Some(old), row, indexes == TU_Summarizing) };
+            let only_summarizing = indexes == TU_Summarizing;
+            unsafe {
+                self.insert_index_entries(Some(old), row, only_summarizing, Uniqueness::Required)
+            };
         }
     }
 
+    /// False where that may leave two rows with one key, which only [`Uniqueness::Told`] allows.
+    ///
     /// # Safety
     /// `row` must just have been written, in the place of `old` if there is one.
     unsafe fn insert_index_entries(
@@ -209,34 +225,43 @@ impl Table {
         old: Option<&TableRow>,
         row: &TableRow,
         only_summarizing: bool,
-    ) {
+        uniqueness: Uniqueness,
+    ) -> bool {
+        let mut is_unique = true;
         // SAFETY: as promised. Writing has made a tuple of the columns; they are taken apart again.
         unsafe {
             pg_sys::slot_getallattrs(row.slot);
             // A B-tree does not summarize.
             let entries = self.known.entries.iter().filter(|_| !only_summarizing);
             for entry in entries.filter(|entry| entry.has(row)) {
-                self.insert_index_entry(old, row, entry);
+                is_unique &= self.insert_index_entry(old, row, entry, uniqueness);
             }
             if self.known.has_other_indexes {
                 self.insert_other_index_entries(row, old.is_some(), only_summarizing);
             }
         }
+        is_unique
     }
 
     /// # Safety
     /// `row` must just have been written, in the place of `old` if there is one, and `entry` be one of the
     /// table's.
-    unsafe fn insert_index_entry(&self, old: Option<&TableRow>, row: &TableRow, entry: &Entry) {
+    unsafe fn insert_index_entry(
+        &self,
+        old: Option<&TableRow>,
+        row: &TableRow,
+        entry: &Entry,
+        uniqueness: Uniqueness,
+    ) -> bool {
         let mut values = [pg_sys::Datum::null(); pg_sys::INDEX_MAX_KEYS as usize];
         let mut are_null = [false; pg_sys::INDEX_MAX_KEYS as usize];
         // Where the old version has the same key in the index there is nothing to be checked: the server's
         // check would visit every version of the row that anybody may still see.
         let is_unchanged = old.is_some_and(|old| entry.keeps_key(old, row));
-        let check = if entry.is_unique && !is_unchanged {
-            pg_sys::IndexUniqueCheck::UNIQUE_CHECK_YES
-        } else {
-            pg_sys::IndexUniqueCheck::UNIQUE_CHECK_NO
+        let check = match uniqueness {
+            _ if is_unchanged || !entry.is_unique => pg_sys::IndexUniqueCheck::UNIQUE_CHECK_NO,
+            Uniqueness::Required => pg_sys::IndexUniqueCheck::UNIQUE_CHECK_YES,
+            Uniqueness::Told => pg_sys::IndexUniqueCheck::UNIQUE_CHECK_PARTIAL,
         };
         // SAFETY: as promised; a B-tree asks for no more of its description than that there is one.
         unsafe {
@@ -250,7 +275,7 @@ impl Table {
             };
             let mode = pg_sys::RowExclusiveLock as pg_sys::LOCKMODE;
             let index = pg_sys::index_open(entry.index, mode);
-            pg_sys::index_insert(
+            let is_satisfied = pg_sys::index_insert(
                 index,
                 values.as_mut_ptr(),
                 are_null.as_mut_ptr(),
@@ -261,6 +286,8 @@ impl Table {
                 &mut info,
             );
             pg_sys::index_close(index, pg_sys::NoLock as pg_sys::LOCKMODE);
+            // The server's answer says something only where it has checked.
+            check != pg_sys::IndexUniqueCheck::UNIQUE_CHECK_PARTIAL || is_satisfied
         }
     }
 
@@ -344,6 +371,15 @@ impl Entry {
                 && self.has(old)
                 && self.columns.iter().all(|column| row.is_same(old, *column)))
     }
+}
+
+/// What is done about keys that another row has already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Uniqueness {
+    /// It is an error; whoever is just writing such a row is waited for.
+    Required,
+    /// It is told, as far as that can be known without waiting.
+    Told,
 }
 
 /// What of the indexes an update has to write.
