@@ -1,5 +1,8 @@
 //! is_working_on and active_session_id, whoever writes them.
 
+use pg_claims_tests::json;
+use postgres::Client;
+
 use crate::support::*;
 
 const WORKING: &str = "SELECT string_agg(sd_id || ':' || active_session_id, ',' ORDER BY sd_id)
@@ -122,5 +125,42 @@ fn a_claim_that_a_trigger_undoes_is_no_success() {
     assert_eq!(pg_claims_tests::sqlstate(&error), "09000");
     assert!(pg_claims_tests::message(&error).contains("released SD \"SD-1\" while"));
     assert_eq!(beat(&mut c, "s1")["claim_id"], held);
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn a_mirror_that_is_wrong_to_say_free_hides_no_owner_and_costs_nobody_the_claim() {
+    let (_db, mut c) = coordinated();
+    let held = granted(&mut c, "SD-1", "s1");
+    let nothing_written = |c: &mut Client| {
+        [
+            count(c, "SELECT count(*) FROM sd_claims"),
+            count(c, "SELECT count(*) FROM session_lifecycle_events"),
+        ]
+    };
+    for isolation in ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"] {
+        c.batch_execute(
+            "SET session_replication_role = replica;
+             UPDATE strategic_directives_v2 SET is_working_on = false, active_session_id = NULL;
+             RESET session_replication_role",
+        )
+        .unwrap();
+        let before = nothing_written(&mut c);
+        c.batch_execute(&format!("BEGIN ISOLATION LEVEL {isolation}")).unwrap();
+        let refusal = claim(&mut c, "SD-1", "s2");
+        assert_eq!(refusal["error"], "already_claimed", "{isolation}");
+        assert_eq!(refusal["claimed_by"], "s1", "{isolation}");
+        c.batch_execute("COMMIT").unwrap();
+        assert_eq!(nothing_written(&mut c), before, "{isolation}");
+        // The queue takes the next one, and tells.
+        let given = json(&mut c, "SELECT claim_next_sd('s2')", &[]);
+        assert_eq!(given["success"], true, "{isolation}: {given}");
+        assert_ne!(given["sd_id"], "SD-1", "{isolation}");
+        release(&mut c, "s2");
+        assert_eq!(beat(&mut c, "s1")["claim_id"], held, "{isolation}");
+    }
+    age_heartbeat(&mut c, "s1", "1 hour");
+    let taken = claim(&mut c, "SD-1", "s2");
+    assert_eq!(taken["took_over"]["claim_id"], held, "{taken}");
     assert_in_step(&mut c);
 }
