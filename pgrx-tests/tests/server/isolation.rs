@@ -160,3 +160,18 @@ fn a_write_by_hand_that_loses_a_race_is_a_serialization_failure_too() {
         }
     }
 }
+
+#[test]
+fn a_stop_sign_and_a_claim_that_have_not_seen_each_other_are_a_serialization_failure() {
+    let (db, mut claimant) = coordinated();
+    let mut person = db.connect();
+    claimant
+        .batch_execute("BEGIN ISOLATION LEVEL SERIALIZABLE; SELECT 1 FROM claude_sessions")
+        .unwrap();
+    person.batch_execute("BEGIN ISOLATION LEVEL SERIALIZABLE").unwrap();
+    assert_eq!(count(&mut person, "SELECT count(*) FROM claude_sessions WHERE sd_id = 'SD-1'"), 0);
+    // The first stop sign ever: until here the table of those was empty.
+    person.batch_execute("SELECT hold_sd('SD-1', 'wait'); COMMIT").unwrap();
+    let error = claimant.batch_execute("SELECT claim_sd('SD-1', 's1'); COMMIT").unwrap_err();
+    assert_eq!(sqlstate(&error), "40001");
+}

@@ -129,38 +129,62 @@ fn a_claim_that_a_trigger_undoes_is_no_success() {
 }
 
 #[test]
-fn a_mirror_that_is_wrong_to_say_free_hides_no_owner_and_costs_nobody_the_claim() {
-    let (_db, mut c) = coordinated();
-    let held = granted(&mut c, "SD-1", "s1");
-    let nothing_written = |c: &mut Client| {
-        [
-            count(c, "SELECT count(*) FROM sd_claims"),
-            count(c, "SELECT count(*) FROM session_lifecycle_events"),
-        ]
-    };
-    for isolation in ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"] {
-        c.batch_execute(
-            "SET session_replication_role = replica;
-             UPDATE strategic_directives_v2 SET is_working_on = false, active_session_id = NULL;
-             RESET session_replication_role",
-        )
-        .unwrap();
-        let before = nothing_written(&mut c);
-        c.batch_execute(&format!("BEGIN ISOLATION LEVEL {isolation}")).unwrap();
-        let refusal = claim(&mut c, "SD-1", "s2");
-        assert_eq!(refusal["error"], "already_claimed", "{isolation}");
-        assert_eq!(refusal["claimed_by"], "s1", "{isolation}");
-        c.batch_execute("COMMIT").unwrap();
-        assert_eq!(nothing_written(&mut c), before, "{isolation}");
-        // The queue takes the next one, and tells.
-        let given = json(&mut c, "SELECT claim_next_sd('s2')", &[]);
-        assert_eq!(given["success"], true, "{isolation}: {given}");
-        assert_ne!(given["sd_id"], "SD-1", "{isolation}");
-        release(&mut c, "s2");
-        assert_eq!(beat(&mut c, "s1")["claim_id"], held, "{isolation}");
+fn what_is_wrong_to_say_free_hides_no_owner_and_costs_nobody_the_claim() {
+    const MIRROR: &str =
+        "UPDATE strategic_directives_v2 SET is_working_on = false, active_session_id = NULL";
+    // Past the triggers, as when a part of a dump is restored.
+    for lost in [MIRROR, &format!("{MIRROR}; DELETE FROM sd_claims")] {
+        let (_db, mut c) = coordinated();
+        let held = granted(&mut c, "SD-1", "s1");
+        let written = |c: &mut Client| {
+            ["sd_claims", "session_lifecycle_events"]
+                .map(|table| count(c, &format!("SELECT count(*) FROM {table}")))
+        };
+        for isolation in ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"] {
+            c.batch_execute(&format!(
+                "SET session_replication_role = replica; {lost}; RESET session_replication_role"
+            ))
+            .unwrap();
+            // One that holds another SD, and keeps it.
+            let kept = granted(&mut c, "SD-9", "s2");
+            let before = written(&mut c);
+            c.batch_execute(&format!("BEGIN ISOLATION LEVEL {isolation}")).unwrap();
+            let refusal = claim(&mut c, "SD-1", "s2");
+            assert_eq!(refusal["error"], "already_claimed", "{lost}, {isolation}");
+            assert_eq!(refusal["claimed_by"], "s1", "{lost}, {isolation}");
+            c.batch_execute("COMMIT").unwrap();
+            assert_eq!(written(&mut c), before, "{lost}, {isolation}");
+            assert_eq!(beat(&mut c, "s2")["claim_id"], kept, "{lost}, {isolation}");
+            release(&mut c, "s2");
+            // The queue takes the next one.
+            let given = json(&mut c, "SELECT claim_next_sd('s2')", &[]);
+            assert_eq!(given["success"], true, "{lost}, {isolation}: {given}");
+            assert_ne!(given["sd_id"], "SD-1", "{lost}, {isolation}");
+            release(&mut c, "s2");
+            assert_eq!(beat(&mut c, "s1")["claim_id"], held, "{lost}, {isolation}");
+        }
+        age_heartbeat(&mut c, "s1", "1 hour");
+        let taken = claim(&mut c, "SD-1", "s2");
+        assert_eq!(taken["took_over"]["claim_id"], held, "{lost}: {taken}");
+        assert_in_step(&mut c);
     }
-    age_heartbeat(&mut c, "s1", "1 hour");
-    let taken = claim(&mut c, "SD-1", "s2");
-    assert_eq!(taken["took_over"]["claim_id"], held, "{taken}");
+}
+
+#[test]
+fn fencing_tokens_that_begin_anew_cost_no_history() {
+    let (_db, mut c) = coordinated();
+    granted(&mut c, "SD-1", "s1");
+    granted(&mut c, "SD-2", "s2");
+    release(&mut c, "s2");
+    // As after a restore that left the sequence out.
+    c.batch_execute("SELECT setval('sd_claims_claim_id_seq', 1, false)").unwrap();
+    let all = "SELECT string_agg(h::text, ' ' ORDER BY claim_id) FROM sd_claims h";
+    let before = value(&mut c, all);
+    for call in ["claim_sd('SD-3', 's3')", "claim_next_sd('s3')"] {
+        let error = c.batch_execute(&format!("SELECT {call}")).unwrap_err();
+        assert_eq!(pg_claims_tests::sqlstate(&error), "23505", "{call}");
+        assert_eq!(value(&mut c, all), before, "{call}");
+    }
+    granted(&mut c, "SD-3", "s3");
     assert_in_step(&mut c);
 }

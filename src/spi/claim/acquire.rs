@@ -81,6 +81,8 @@ pub fn acquire(
     // That nobody holds the SD, until it turns out to be wrong.
     let mut trusts_backlog = true;
     for _ in 0..ROUNDS {
+        // By a statement that would turn out as an error.
+        trusts_backlog &= locked.is_empty() || session::may_be_written_directly();
         let picture = if trusts_backlog {
             picture::glance(db, session_id, sd_id)?
         } else {
@@ -148,6 +150,9 @@ pub fn acquire(
                 };
                 if let Some(claimed) = take(db, request, &session, loser, wait)? {
                     return Ok(Ok(claimed));
+                }
+                if queued.is_some() && !trusts_backlog {
+                    return Ok(Err(Refusal::SdBusy { sd_id: sd_id.to_owned() }));
                 }
                 trusts_backlog = false;
             }
@@ -254,7 +259,7 @@ fn take(
             Some(_) => Err(ClaimError::Unsettled { sd_id: sd_id.to_owned() }),
         };
     };
-    if !grant(db, sd_id, session_id, track, claim_id, claimed_at, held)? {
+    if !grant(db, request, claim_id, claimed_at, held, wait)? {
         history::discard(db, claim_id)?;
         return Ok(None);
     }
@@ -302,15 +307,14 @@ fn expire(db: &Db<'_>, owner: &Owner, in_favour_of: &str, force: Option<&str>) -
 /// Gives the open acquisition to its session while that still holds `held` and nothing else.
 fn grant(
     db: &Db<'_>,
-    sd_id: &str,
-    session_id: &str,
-    track: Option<&str>,
+    Request { sd_id, session_id, track, .. }: Request<'_>,
     claim_id: i64,
     claimed_at: DateTime<Utc>,
     held: Option<i64>,
+    wait: Wait,
 ) -> Result<bool> {
     let granting = Granting::new(claim_id);
-    let granted = session::change(db, session_id, |session| {
+    let granted = session::change(db, session_id, wait, |session| {
         (!session.is_released() && session.claim_id == held).then(|| Session {
             sd_id: Some(sd_id.to_owned()),
             claim_id: Some(claim_id),

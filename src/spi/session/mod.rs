@@ -15,7 +15,7 @@ use super::row::Row;
 use super::statement::{Db, Statement, required};
 use super::table::layout::Index;
 use super::table::layout::sessions as column;
-use super::table::{Key, Name, Snapshot, Table};
+use super::table::{Key, Name, Snapshot, Table, Wait};
 use super::time;
 use crate::error::Result;
 use crate::identity::Role;
@@ -26,6 +26,11 @@ pub use write::{Held, change, hold};
 /// The session, if it was ever registered.
 pub fn find(db: &Db<'_>, session_id: &str) -> Result<Option<Session>> {
     find_by(db, column::BY_SESSION_ID, session_id)
+}
+
+/// Whether sessions may be written directly, as far as this backend knows.
+pub fn may_be_written_directly() -> bool {
+    Table::to_write_directly(Name::Sessions).is_some()
 }
 
 /// The session that holds an SD, live or stale.
@@ -145,7 +150,7 @@ pub fn let_go(
 ) -> Result<Option<DateTime<Utc>>> {
     // A guard may hold it for long, and who waits for that must not hold up the session's heartbeats.
     guard::exclude(db, claim_id)?;
-    let changed = change(db, session_id, |session| {
+    let changed = change(db, session_id, Wait::Block, |session| {
         let held = session.claim_id == Some(claim_id);
         held.then(|| session.without_claim(time::now(), reason, unasked))
     })?;
@@ -164,7 +169,7 @@ pub fn end(
     if let Some(claim_id) = claim_id {
         guard::exclude(db, claim_id)?;
     }
-    let changed = change(db, session_id, |session| {
+    let changed = change(db, session_id, Wait::Block, |session| {
         let is_as_seen = !session.is_released() && session.claim_id == claim_id;
         is_as_seen.then(|| Session {
             status: "released".into(),

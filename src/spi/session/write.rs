@@ -10,16 +10,19 @@ use crate::spi::claim::{self, Ending};
 use crate::spi::directive;
 use crate::spi::statement::{Db, Statement};
 use crate::spi::table::layout::sessions as column;
-use crate::spi::table::{Key, Lock, Name, Snapshot, Table, TableRow, Wait};
+use crate::spi::table::{Key, Lock, Name, Snapshot, Table, TableRow, Update, Wait};
 use crate::spi::time;
 
 /// Writes what `change` makes of the session, in one go with what follows from it: the claim history,
 /// the audit, the backlog. `None` where there is no such session, or `change` wants nothing.
 ///
-/// Waits for a transaction that is writing the session, and asks again with what that made of it.
+/// Waits for a transaction that is writing the session, and asks again with what that made of it. With
+/// [`Wait::Skip`] it is `None` as well where another session has the SD that is to be this one's, or may just be
+/// getting it, and the session may be written directly.
 pub fn change(
     db: &Db<'_>,
     session_id: &str,
+    wait: Wait,
     change: impl Fn(&Session) -> Option<Session>,
 ) -> Result<Option<Session>> {
     loop {
@@ -36,10 +39,37 @@ pub fn change(
         let Some(new) = change(&old) else {
             return Ok(None);
         };
-        if table.update(&snapshot, &row, &new.written()?) {
-            follow(db, &old, &new)?;
-            return Ok(Some(new));
+        let update = match wait {
+            Wait::Block if table.update(&snapshot, &row, &new.written()?) => Update::Done,
+            Wait::Block => Update::Outdated,
+            Wait::Skip => table.try_update(&snapshot, &row, &new.written()?),
+        };
+        match update {
+            Update::Done => {
+                follow(db, &old, &new)?;
+                return Ok(Some(new));
+            }
+            Update::Outdated => {}
+            Update::Contested => {
+                take_back(&table, &old)?;
+                return Ok(None);
+            }
         }
+    }
+}
+
+/// Writes the session again as it was, after this transaction has written what must not stay.
+fn take_back(table: &Table, old: &Session) -> Result<()> {
+    let snapshot = Snapshot::take();
+    let session_id = Key::Text(&old.session_id);
+    let row = table.find(&snapshot, column::BY_SESSION_ID, session_id);
+    // Nobody else can have changed it.
+    let what = "claude_sessions";
+    let row = row.ok_or(ClaimError::Corrupt { what })?;
+    if table.update(&snapshot, &row, &old.written()?) {
+        Ok(())
+    } else {
+        Err(ClaimError::Corrupt { what })
     }
 }
 

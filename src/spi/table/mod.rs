@@ -31,7 +31,7 @@ pub use known::{AllKnown, Known};
 pub use places::init;
 pub use read::{Key, TableRow};
 pub use snapshot::Snapshot;
-pub use write::{Lock, NewRow, Wait, next_value};
+pub use write::{Lock, NewRow, Update, Wait, next_value};
 
 /// One of the tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

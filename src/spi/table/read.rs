@@ -105,8 +105,12 @@ impl Table {
     }
 
     /// Whether the table has not had a row since it was made or last emptied. Then no index need be asked, of
-    /// which even an empty one takes as long as many a search.
+    /// which even an empty one takes as long as many a search. But SERIALIZABLE goes by what was looked for
+    /// in an index.
     pub fn is_bare(&self) -> bool {
+        if time::has_transaction_snapshot() {
+            return false;
+        }
         // SAFETY: the table is open. Nobody can empty it while it is, and what a snapshot shows has its page.
         unsafe {
             pg_sys::RelationGetNumberOfBlocksInFork(self.relation, pg_sys::ForkNumber::MAIN_FORKNUM)

@@ -129,6 +129,21 @@ impl Table {
     /// Gives a row that was found some new values, unless another transaction has changed it since: then
     /// false. Waits for one that is just doing so.
     pub fn update(&self, snapshot: &Snapshot, row: &TableRow, new: &NewRow) -> bool {
+        self.update_checked(snapshot, row, new, Uniqueness::Required) != Update::Outdated
+    }
+
+    /// The same, but tells where an SD may have only one such row and has another, or may come to have one.
+    pub fn try_update(&self, snapshot: &Snapshot, row: &TableRow, new: &NewRow) -> Update {
+        self.update_checked(snapshot, row, new, Uniqueness::Told)
+    }
+
+    fn update_checked(
+        &self,
+        snapshot: &Snapshot,
+        row: &TableRow,
+        new: &NewRow,
+        uniqueness: Uniqueness,
+    ) -> Update {
         let written = self.empty_row();
         let mut failure = pg_sys::TM_FailureData::default();
         let mut lock_mode = pg_sys::LockTupleMode::LockTupleNoKeyExclusive;
@@ -159,11 +174,14 @@ impl Table {
             (result, indexes)
         };
         if result != TM_Result::TM_Ok {
-            return false;
+            return Update::Outdated;
         }
         // SAFETY: the slot holds the row as it was written.
-        unsafe { self.update_indexes(row, &written, indexes) };
-        true
+        if unsafe { self.update_indexes(row, &written, indexes, uniqueness) } {
+            Update::Done
+        } else {
+            Update::Contested
+        }
     }
 
     /// Adds a row; columns without a value become NULL. Waits for a transaction that is just adding one of the
@@ -172,8 +190,8 @@ impl Table {
         self.insert_checked(new, Uniqueness::Required);
     }
 
-    /// The same, but waits for nobody: false where another row has one of its keys, or may come to have it. Then
-    /// the new one must be deleted again.
+    /// The same, but where an SD may have only one such row waits for nobody: false where it has another, or may
+    /// come to have one. Then the new one must be deleted again.
     pub fn try_insert(&self, new: &NewRow) -> bool {
         self.insert_checked(new, Uniqueness::Told)
     }
@@ -195,25 +213,32 @@ impl Table {
     /// # Safety
     /// `row` must just have been written.
     #[cfg(any(feature = "pg14", feature = "pg15"))]
-    unsafe fn update_indexes(&self, old: &TableRow, row: &TableRow, indexes: Indexes) {
-        if indexes {
-            // SAFETY: as promised.
-            unsafe { self.insert_index_entries(Some(old), row, false, Uniqueness::Required) };
-        }
+    unsafe fn update_indexes(
+        &self,
+        old: &TableRow,
+        row: &TableRow,
+        indexes: Indexes,
+        uniqueness: Uniqueness,
+    ) -> bool {
+        // SAFETY: as promised.
+        !indexes || unsafe { self.insert_index_entries(Some(old), row, false, uniqueness) }
     }
 
     /// # Safety
     /// `row` must just have been written.
     #[cfg(not(any(feature = "pg14", feature = "pg15")))]
-    unsafe fn update_indexes(&self, old: &TableRow, row: &TableRow, indexes: Indexes) {
+    unsafe fn update_indexes(
+        &self,
+        old: &TableRow,
+        row: &TableRow,
+        indexes: Indexes,
+        uniqueness: Uniqueness,
+    ) -> bool {
         use pg_sys::TU_UpdateIndexes::{TU_None, TU_Summarizing};
-        if indexes != TU_None {
+        let only_summarizing = indexes == TU_Summarizing;
+        indexes == TU_None
             // SAFETY: as promised.
-            let only_summarizing = indexes == TU_Summarizing;
-            unsafe {
-                self.insert_index_entries(Some(old), row, only_summarizing, Uniqueness::Required)
-            };
-        }
+            || unsafe { self.insert_index_entries(Some(old), row, only_summarizing, uniqueness) }
     }
 
     /// False where that may leave two rows with one key, which only [`Uniqueness::Told`] allows.
@@ -260,8 +285,11 @@ impl Table {
         let is_unchanged = old.is_some_and(|old| entry.keeps_key(old, row));
         let check = match uniqueness {
             _ if is_unchanged || !entry.is_unique => pg_sys::IndexUniqueCheck::UNIQUE_CHECK_NO,
-            Uniqueness::Required => pg_sys::IndexUniqueCheck::UNIQUE_CHECK_YES,
-            Uniqueness::Told => pg_sys::IndexUniqueCheck::UNIQUE_CHECK_PARTIAL,
+            // Two rows with one primary key could not be told apart any more.
+            Uniqueness::Told if entry.rows != Rows::All => {
+                pg_sys::IndexUniqueCheck::UNIQUE_CHECK_PARTIAL
+            }
+            _ => pg_sys::IndexUniqueCheck::UNIQUE_CHECK_YES,
         };
         // SAFETY: as promised; a B-tree asks for no more of its description than that there is one.
         unsafe {
@@ -378,8 +406,20 @@ impl Entry {
 enum Uniqueness {
     /// It is an error; whoever is just writing such a row is waited for.
     Required,
-    /// It is told, as far as that can be known without waiting.
+    /// Of an SD's one claim and its one open acquisition it is told, as far as that can be known without
+    /// waiting.
     Told,
+}
+
+/// What came of an update.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Update {
+    /// The row is as it was to be.
+    Done,
+    /// Another transaction has changed it; nothing was written.
+    Outdated,
+    /// It is as it was to be, but must not stay so: another row has its key, or may come to have it.
+    Contested,
 }
 
 /// What of the indexes an update has to write.
