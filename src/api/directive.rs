@@ -75,7 +75,7 @@ fn bind_directives(
 #[search_path(pg_catalog, pg_temp)]
 fn unbind_directives() -> Result<Jsonb, ErrorReport> {
     let table = Db::connect(directive::unbind)?;
-    Ok(Jsonb(serde_json::json!({ "success": true, "unbound_table": table })))
+    Ok(super::json(&serde_json::json!({ "success": true, "unbound_table": table }))?)
 }
 
 /// Serves the installation, which drops it again.

@@ -28,5 +28,5 @@ fn grant_coordination(p_role: Option<&str>, p_level: Option<&str>) -> Result<Jso
         )
     })?;
     Db::connect(|db| grant::set_level(db, role, level))?;
-    Ok(Jsonb(serde_json::json!({ "success": true, "role": role, "level": level_name })))
+    Ok(super::json(&serde_json::json!({ "success": true, "role": role, "level": level_name }))?)
 }

@@ -110,7 +110,7 @@ fn guard_table(
         }
     })?;
     let name = Db::connect(|db| directive::guard_table(db, table, column))?;
-    Ok(Jsonb(json!({ "success": true, "table": name, "sd_column": column })))
+    Ok(super::json(&json!({ "success": true, "table": name, "sd_column": column }))?)
 }
 
 #[pg_extern(sql = r#"
@@ -123,7 +123,7 @@ AS '@MODULE_PATHNAME@', '@FUNCTION_NAME@';
 fn unguard_table(p_table: Option<pg_sys::Oid>) -> Result<Jsonb, ErrorReport> {
     let table = checked_table(p_table)?;
     let name = Db::connect(|db| directive::unguard_table(db, table))?;
-    Ok(Jsonb(json!({ "success": true, "table": name })))
+    Ok(super::json(&json!({ "success": true, "table": name }))?)
 }
 
 fn checked_table(table: Option<pg_sys::Oid>) -> Result<pg_sys::Oid> {

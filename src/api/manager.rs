@@ -20,7 +20,7 @@ use crate::worker::wake;
 #[search_path(pg_catalog, pg_temp)]
 fn start_heartbeat(p_session_id: Option<&str>) -> Result<Jsonb, ErrorReport> {
     let session_id = checked_id("p_session_id", p_session_id)?;
-    Ok(Db::connect(|db| Ok(Jsonb(start(db, session_id)?)))?)
+    Ok(Db::connect(|db| super::json(&start(db, session_id)?))?)
 }
 
 fn start(db: &Db<'_>, session_id: &str) -> Result<Value> {

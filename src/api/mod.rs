@@ -39,10 +39,15 @@ fn running(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Oid {
 
 /// An answer or a refusal as JSON.
 fn answer<T: Serialize>(outcome: Result<T, Refusal>) -> Result<Jsonb> {
-    Ok(Jsonb(match outcome {
-        Ok(done) => serde_json::to_value(done)?,
-        Err(refusal) => serde_json::to_value(refusal)?,
-    }))
+    match outcome {
+        Ok(done) => json(&done),
+        Err(refusal) => json(&refusal),
+    }
+}
+
+/// Anything as JSON.
+fn json<T: Serialize>(value: &T) -> Result<Jsonb> {
+    Ok(Jsonb::of(value)?)
 }
 
 /// A session belongs to the role that registered it: that role, or an operator, may act for it.

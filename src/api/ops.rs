@@ -44,11 +44,11 @@ fn cleanup_stale_sessions(
         order::announce(db, EVENT_BATCH, guc::notify())?;
         Ok(reaped)
     })?;
-    Ok(Jsonb(json!({
+    Ok(super::json(&json!({
         "success": true,
         "stale_sessions_cleaned": reaped,
         "cleaned_at": time::now(),
-    })))
+    }))?)
 }
 
 fn checked_batch(batch: Option<i32>) -> Result<i32> {
@@ -92,12 +92,12 @@ fn prune_history(p_batch_size: default!(Option<i32>, "1000")) -> Result<Jsonb, E
             prune::sessions(db, limit, batch)?,
         ))
     })?;
-    Ok(Jsonb(json!({
+    Ok(super::json(&json!({
         "success": true,
         "claims_removed": claims,
         "events_removed": events,
         "sessions_removed": sessions,
-    })))
+    }))?)
 }
 
 /// Prunes a table until `limit` rows are gone or nothing old is left.

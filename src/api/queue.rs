@@ -9,7 +9,7 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde::Serialize;
 
-use super::{answer, check_may_act_for, running, shared};
+use super::{answer, check_may_act_for, json, running, shared};
 use crate::error::{ClaimError, Result, checked_id};
 use crate::guc;
 use crate::jsonb::Jsonb;
@@ -175,8 +175,8 @@ fn sd_next(
 
 /// Stands behind v_directives.
 #[pg_extern(immutable, parallel_safe)]
-pub fn dependency_keys(p_json: Option<&str>) -> Option<Jsonb> {
-    p_json.map(|json| Jsonb(keys::read(json)))
+pub fn dependency_keys(p_json: Option<&str>) -> Result<Option<Jsonb>, ErrorReport> {
+    Ok(p_json.map(|text| json(&keys::read(text))).transpose()?)
 }
 
 // Stable, as v_sd_queue calls it: see is_claim_live().

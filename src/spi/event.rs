@@ -89,7 +89,7 @@ pub fn record(db: &Db<'_>, event: Event<'_>) -> Result<()> {
             identity::caller()?.name().into(),
             event.reason.into(),
             event.held.map(pg_claims_core::age::seconds).into(),
-            Jsonb(event.detail).into(),
+            Jsonb::of(&event.detail)?.into(),
         ],
     )?;
     Ok(())
@@ -109,7 +109,7 @@ fn record_directly(db: &Db<'_>, table: &Table, event: Event<'_>) -> Result<()> {
             .set_name(column::ACTOR, &actor)
             .set(column::REASON, event.reason)
             .set_seconds(column::HELD_SECONDS, event.held)
-            .set(column::DETAIL, Jsonb(event.detail)),
+            .set(column::DETAIL, Jsonb::of(&event.detail)?),
     );
     Ok(())
 }

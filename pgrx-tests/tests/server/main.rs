@@ -24,6 +24,7 @@ mod identity;
 mod impersonation;
 mod installation;
 mod isolation;
+mod json;
 mod lease;
 mod liveness;
 mod mirror;

@@ -1,0 +1,459 @@
+//! The form in which PostgreSQL stores jsonb (src/include/utils/jsonb.h): since 9.4 the same, as upgrades keep
+//! tables as they are.
+//!
+//! A container is a head with the number of its elements, then an entry for each, then what they are. An entry
+//! says of which kind an element is and how long, or, every so often, where it ends. An object has first all its
+//! keys, by length and then by their bytes, and then their values. Numbers and containers begin at a multiple of
+//! four bytes.
+
+use std::ffi::CString;
+
+use pgrx::pg_sys;
+use serde::ser::{self, Error as _, Serialize, Serializer};
+use serde_json::{Error, Result};
+
+const IS_STRING: u32 = 0x0000_0000;
+const IS_NUMERIC: u32 = 0x1000_0000;
+const IS_FALSE: u32 = 0x2000_0000;
+const IS_TRUE: u32 = 0x3000_0000;
+const IS_NULL: u32 = 0x4000_0000;
+const IS_CONTAINER: u32 = 0x5000_0000;
+/// An entry with this says where its element ends instead of how long it is.
+const HAS_OFFSET: u32 = 0x8000_0000;
+/// The longest that an entry can tell.
+const MAX_LENGTH: usize = 0x0FFF_FFFF;
+/// Every so many entries one has an offset.
+const OFFSET_STRIDE: usize = 32;
+
+const IS_SCALAR: u32 = 0x1000_0000;
+const IS_OBJECT: u32 = 0x2000_0000;
+const IS_ARRAY: u32 = 0x4000_0000;
+
+/// How serde tells a number of any precision.
+const NUMBER: &str = "$serde_json::private::Number";
+
+/// The value's bytes.
+pub fn encode<T: Serialize + ?Sized>(value: &T) -> Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(256);
+    let node = value.serialize(Encoder { bytes: &mut bytes })?;
+    if node.kind == IS_CONTAINER {
+        return Ok(bytes);
+    }
+    assemble(&mut bytes, 0, IS_ARRAY | IS_SCALAR, &[node], 1)?;
+    Ok(bytes)
+}
+
+/// A value whose bytes have been written somewhere, without any padding in front.
+#[derive(Debug, Clone, Copy)]
+struct Node {
+    kind: u32,
+    begin: usize,
+    end: usize,
+}
+
+impl Node {
+    fn is_aligned(self) -> bool {
+        matches!(self.kind, IS_NUMERIC | IS_CONTAINER)
+    }
+}
+
+/// Puts a container together from `nodes`, in their order, and in the place of everything from `begin` on.
+fn assemble(
+    bytes: &mut Vec<u8>,
+    begin: usize,
+    kind: u32,
+    nodes: &[Node],
+    count: usize,
+) -> Result<Node> {
+    let too_large = || Error::custom("the answer is too large for jsonb");
+    let head = 4 + 4 * nodes.len();
+    let mut whole = Vec::with_capacity(head + bytes.len() - begin + 4 * nodes.len());
+    let count = u32::try_from(count).ok().filter(|count| *count < IS_SCALAR);
+    whole.extend_from_slice(&(kind | count.ok_or_else(too_large)?).to_ne_bytes());
+    whole.resize(head, 0);
+    for (at, node) in nodes.iter().enumerate() {
+        let start = whole.len();
+        if node.is_aligned() {
+            whole.resize(start.next_multiple_of(4), 0);
+        }
+        whole.extend_from_slice(&bytes[node.begin..node.end]);
+        if whole.len() - head > MAX_LENGTH {
+            return Err(too_large());
+        }
+        let entry = if at.is_multiple_of(OFFSET_STRIDE) {
+            node.kind | HAS_OFFSET | (whole.len() - head) as u32
+        } else {
+            node.kind | (whole.len() - start) as u32
+        };
+        whole[4 + 4 * at..8 + 4 * at].copy_from_slice(&entry.to_ne_bytes());
+    }
+    bytes.truncate(begin);
+    bytes.extend_from_slice(&whole);
+    Ok(Node { kind: IS_CONTAINER, begin, end: bytes.len() })
+}
+
+/// Writes one value to the end of `bytes`.
+struct Encoder<'b> {
+    bytes: &'b mut Vec<u8>,
+}
+
+impl Encoder<'_> {
+    fn add(self, kind: u32, bytes: &[u8]) -> Node {
+        let begin = self.bytes.len();
+        self.bytes.extend_from_slice(bytes);
+        Node { kind, begin, end: self.bytes.len() }
+    }
+
+    /// # Safety
+    /// `number` must be one of the server's.
+    unsafe fn add_numeric(self, number: pg_sys::Numeric) -> Node {
+        let number = number.cast::<pg_sys::varlena>();
+        // SAFETY: as promised; the server makes numbers with a length in front.
+        unsafe {
+            let length = pgrx::varsize_any(number);
+            let node = self.add(IS_NUMERIC, std::slice::from_raw_parts(number.cast(), length));
+            pg_sys::pfree(number.cast());
+            node
+        }
+    }
+
+    /// A number as serde writes it, which the server reads.
+    fn add_number(self, text: &str) -> Result<Node> {
+        let text = CString::new(text).map_err(Error::custom)?;
+        let arguments = [
+            Some(pg_sys::Datum::from(text.as_ptr())),
+            Some(pg_sys::Datum::from(pg_sys::Oid::INVALID)),
+            Some(pg_sys::Datum::from(-1_i32)),
+        ];
+        // SAFETY: a function of the server's, which makes a number of its own.
+        unsafe {
+            let number = pgrx::direct_function_call_as_datum(pg_sys::numeric_in, &arguments)
+                .ok_or_else(|| Error::custom("no number"))?;
+            Ok(self.add_numeric(number.cast_mut_ptr()))
+        }
+    }
+}
+
+impl<'b> Serializer for Encoder<'b> {
+    type Ok = Node;
+    type Error = Error;
+    type SerializeSeq = List<'b>;
+    type SerializeTuple = List<'b>;
+    type SerializeTupleStruct = List<'b>;
+    type SerializeTupleVariant = ser::Impossible<Node, Error>;
+    type SerializeMap = Members<'b>;
+    type SerializeStruct = Members<'b>;
+    type SerializeStructVariant = ser::Impossible<Node, Error>;
+
+    fn serialize_bool(self, value: bool) -> Result<Node> {
+        Ok(self.add(if value { IS_TRUE } else { IS_FALSE }, &[]))
+    }
+
+    fn serialize_i8(self, value: i8) -> Result<Node> {
+        self.serialize_i64(value.into())
+    }
+
+    fn serialize_i16(self, value: i16) -> Result<Node> {
+        self.serialize_i64(value.into())
+    }
+
+    fn serialize_i32(self, value: i32) -> Result<Node> {
+        self.serialize_i64(value.into())
+    }
+
+    fn serialize_i64(self, value: i64) -> Result<Node> {
+        // SAFETY: the server makes a number of its own.
+        unsafe { Ok(self.add_numeric(pg_sys::int64_to_numeric(value))) }
+    }
+
+    fn serialize_u8(self, value: u8) -> Result<Node> {
+        self.serialize_i64(value.into())
+    }
+
+    fn serialize_u16(self, value: u16) -> Result<Node> {
+        self.serialize_i64(value.into())
+    }
+
+    fn serialize_u32(self, value: u32) -> Result<Node> {
+        self.serialize_i64(value.into())
+    }
+
+    fn serialize_u64(self, value: u64) -> Result<Node> {
+        self.add_number(&value.to_string())
+    }
+
+    fn serialize_f32(self, value: f32) -> Result<Node> {
+        self.serialize_f64(value.into())
+    }
+
+    fn serialize_f64(self, value: f64) -> Result<Node> {
+        match serde_json::Number::from_f64(value) {
+            Some(number) => self.add_number(number.as_str()),
+            None => self.serialize_unit(),
+        }
+    }
+
+    fn serialize_char(self, value: char) -> Result<Node> {
+        self.serialize_str(value.encode_utf8(&mut [0; 4]))
+    }
+
+    fn serialize_str(self, value: &str) -> Result<Node> {
+        Ok(self.add(IS_STRING, value.as_bytes()))
+    }
+
+    fn serialize_bytes(self, value: &[u8]) -> Result<Node> {
+        value.serialize(self)
+    }
+
+    fn serialize_none(self) -> Result<Node> {
+        self.serialize_unit()
+    }
+
+    fn serialize_some<T: Serialize + ?Sized>(self, value: &T) -> Result<Node> {
+        value.serialize(self)
+    }
+
+    fn serialize_unit(self) -> Result<Node> {
+        Ok(self.add(IS_NULL, &[]))
+    }
+
+    fn serialize_unit_struct(self, _name: &'static str) -> Result<Node> {
+        self.serialize_unit()
+    }
+
+    fn serialize_unit_variant(
+        self,
+        _name: &'static str,
+        _index: u32,
+        variant: &'static str,
+    ) -> Result<Node> {
+        self.serialize_str(variant)
+    }
+
+    fn serialize_newtype_struct<T: Serialize + ?Sized>(
+        self,
+        _name: &'static str,
+        value: &T,
+    ) -> Result<Node> {
+        value.serialize(self)
+    }
+
+    fn serialize_newtype_variant<T: Serialize + ?Sized>(
+        self,
+        _name: &'static str,
+        _index: u32,
+        variant: &'static str,
+        value: &T,
+    ) -> Result<Node> {
+        let mut members = Members::new(self);
+        members.add(variant, value)?;
+        members.finish()
+    }
+
+    fn serialize_seq(self, _length: Option<usize>) -> Result<List<'b>> {
+        Ok(List { begin: self.bytes.len(), bytes: self.bytes, nodes: Vec::new() })
+    }
+
+    fn serialize_tuple(self, length: usize) -> Result<List<'b>> {
+        self.serialize_seq(Some(length))
+    }
+
+    fn serialize_tuple_struct(self, _name: &'static str, length: usize) -> Result<List<'b>> {
+        self.serialize_seq(Some(length))
+    }
+
+    fn serialize_tuple_variant(
+        self,
+        name: &'static str,
+        _index: u32,
+        _variant: &'static str,
+        _length: usize,
+    ) -> Result<Self::SerializeTupleVariant> {
+        Err(Error::custom(format!("{name} has a form that is not used in answers")))
+    }
+
+    fn serialize_map(self, _length: Option<usize>) -> Result<Members<'b>> {
+        Ok(Members::new(self))
+    }
+
+    fn serialize_struct(self, name: &'static str, _length: usize) -> Result<Members<'b>> {
+        Ok(Members { is_number: name == NUMBER, ..Members::new(self) })
+    }
+
+    fn serialize_struct_variant(
+        self,
+        name: &'static str,
+        _index: u32,
+        _variant: &'static str,
+        _length: usize,
+    ) -> Result<Self::SerializeStructVariant> {
+        Err(Error::custom(format!("{name} has a form that is not used in answers")))
+    }
+}
+
+/// The elements of an array, so far.
+struct List<'b> {
+    bytes: &'b mut Vec<u8>,
+    begin: usize,
+    nodes: Vec<Node>,
+}
+
+impl List<'_> {
+    fn add<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<()> {
+        self.nodes.push(value.serialize(Encoder { bytes: self.bytes })?);
+        Ok(())
+    }
+
+    fn finish(self) -> Result<Node> {
+        assemble(self.bytes, self.begin, IS_ARRAY, &self.nodes, self.nodes.len())
+    }
+}
+
+impl ser::SerializeSeq for List<'_> {
+    type Ok = Node;
+    type Error = Error;
+
+    fn serialize_element<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<()> {
+        self.add(value)
+    }
+
+    fn end(self) -> Result<Node> {
+        self.finish()
+    }
+}
+
+impl ser::SerializeTuple for List<'_> {
+    type Ok = Node;
+    type Error = Error;
+
+    fn serialize_element<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<()> {
+        self.add(value)
+    }
+
+    fn end(self) -> Result<Node> {
+        self.finish()
+    }
+}
+
+impl ser::SerializeTupleStruct for List<'_> {
+    type Ok = Node;
+    type Error = Error;
+
+    fn serialize_field<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<()> {
+        self.add(value)
+    }
+
+    fn end(self) -> Result<Node> {
+        self.finish()
+    }
+}
+
+/// The members of an object, so far.
+struct Members<'b> {
+    bytes: &'b mut Vec<u8>,
+    begin: usize,
+    /// Keys and values.
+    members: Vec<(Node, Node)>,
+    /// A key whose value has not come yet.
+    key: Option<Node>,
+    /// Whether it is no object, but how serde tells a number.
+    is_number: bool,
+}
+
+impl<'b> Members<'b> {
+    fn new(encoder: Encoder<'b>) -> Self {
+        Self {
+            begin: encoder.bytes.len(),
+            bytes: encoder.bytes,
+            members: Vec::with_capacity(12),
+            key: None,
+            is_number: false,
+        }
+    }
+
+    fn add<T: Serialize + ?Sized>(&mut self, key: &str, value: &T) -> Result<()> {
+        let key = Encoder { bytes: self.bytes }.add(IS_STRING, key.as_bytes());
+        let value = value.serialize(Encoder { bytes: self.bytes })?;
+        self.members.push((key, value));
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<Node> {
+        if self.is_number {
+            return self.number();
+        }
+        let bytes = &*self.bytes;
+        let name = |node: &Node| &bytes[node.begin..node.end];
+        self.members.sort_by(|(one, _), (other, _)| {
+            let (one, other) = (name(one), name(other));
+            one.len().cmp(&other.len()).then_with(|| one.cmp(other))
+        });
+        // Of members of one name the last one counts.
+        let all = self.members.iter().enumerate();
+        let counting: Vec<&(Node, Node)> = all
+            .filter(|(at, (key, _))| {
+                self.members.get(at + 1).is_none_or(|(next, _)| name(next) != name(key))
+            })
+            .map(|(_, member)| member)
+            .collect();
+        let mut nodes: Vec<Node> = Vec::with_capacity(2 * counting.len());
+        nodes.extend(counting.iter().map(|(key, _)| *key));
+        nodes.extend(counting.iter().map(|(_, value)| *value));
+        let count = counting.len();
+        assemble(self.bytes, self.begin, IS_OBJECT, &nodes, count)
+    }
+
+    fn number(self) -> Result<Node> {
+        let value = self.members.first().map(|(_, value)| *value);
+        let Node { begin, end, .. } = value.ok_or_else(|| Error::custom("no number"))?;
+        let text = String::from_utf8_lossy(&self.bytes[begin..end]).into_owned();
+        self.bytes.truncate(self.begin);
+        let encoder = Encoder { bytes: self.bytes };
+        match text.parse() {
+            Ok(integer) => encoder.serialize_i64(integer),
+            Err(_) => encoder.add_number(&text),
+        }
+    }
+}
+
+impl ser::SerializeMap for Members<'_> {
+    type Ok = Node;
+    type Error = Error;
+
+    fn serialize_key<T: Serialize + ?Sized>(&mut self, key: &T) -> Result<()> {
+        let key = key.serialize(Encoder { bytes: self.bytes })?;
+        if key.kind != IS_STRING {
+            return Err(Error::custom("a key must be a string"));
+        }
+        self.key = Some(key);
+        Ok(())
+    }
+
+    fn serialize_value<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<()> {
+        let key = self.key.take().ok_or_else(|| Error::custom("a value needs a key"))?;
+        let value = value.serialize(Encoder { bytes: self.bytes })?;
+        self.members.push((key, value));
+        Ok(())
+    }
+
+    fn end(self) -> Result<Node> {
+        self.finish()
+    }
+}
+
+impl ser::SerializeStruct for Members<'_> {
+    type Ok = Node;
+    type Error = Error;
+
+    fn serialize_field<T: Serialize + ?Sized>(
+        &mut self,
+        key: &'static str,
+        value: &T,
+    ) -> Result<()> {
+        self.add(key, value)
+    }
+
+    fn end(self) -> Result<Node> {
+        self.finish()
+    }
+}

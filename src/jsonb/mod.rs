@@ -1,0 +1,65 @@
+//! JSON for the server, without the way through a text that the server would parse, or through a tree.
+
+mod encode;
+
+use pgrx::callconv::{BoxRet, FcInfo};
+use pgrx::pgrx_sql_entity_graph::metadata::{
+    ArgumentError, ReturnsError, ReturnsRef, SqlMappingRef, SqlTranslatable, TypeOrigin,
+};
+use pgrx::{IntoDatum, pg_sys};
+use serde::Serialize;
+
+/// A value as the server stores jsonb, but for the length in front of it.
+#[derive(Debug)]
+pub struct Jsonb(Vec<u8>);
+
+impl Jsonb {
+    /// What serde makes of a value.
+    ///
+    /// # Errors
+    /// If it is too large for the server, or serde cannot tell it as JSON.
+    pub fn of<T: Serialize + ?Sized>(value: &T) -> serde_json::Result<Self> {
+        encode::encode(value).map(Self)
+    }
+}
+
+impl IntoDatum for Jsonb {
+    fn into_datum(self) -> Option<pg_sys::Datum> {
+        let length = pg_sys::VARHDRSZ + self.0.len();
+        // SAFETY: the server's memory is as long as what is written to it.
+        unsafe {
+            let datum = pg_sys::palloc(length).cast::<pg_sys::varlena>();
+            // Not longer than `encode` allows.
+            pgrx::set_varsize_4b(datum, length as i32);
+            pgrx::vardata_any(datum)
+                .cast::<u8>()
+                .cast_mut()
+                .copy_from_nonoverlapping(self.0.as_ptr(), self.0.len());
+            Some(pg_sys::Datum::from(datum))
+        }
+    }
+
+    fn type_oid() -> pg_sys::Oid {
+        pg_sys::JSONBOID
+    }
+}
+
+// SAFETY: into_datum makes a jsonb.
+unsafe impl SqlTranslatable for Jsonb {
+    const TYPE_IDENT: &'static str = pgrx::pgrx_resolved_type!(Jsonb);
+    const TYPE_ORIGIN: TypeOrigin = TypeOrigin::External;
+    const ARGUMENT_SQL: Result<SqlMappingRef, ArgumentError> = Ok(SqlMappingRef::literal("jsonb"));
+    const RETURN_SQL: Result<ReturnsRef, ReturnsError> =
+        Ok(ReturnsRef::One(SqlMappingRef::literal("jsonb")));
+}
+
+// SAFETY: the datum is one of the type that the function is declared with.
+unsafe impl BoxRet for Jsonb {
+    unsafe fn box_into<'fcx>(self, fcinfo: &mut FcInfo<'fcx>) -> pgrx::datum::Datum<'fcx> {
+        match self.into_datum() {
+            // SAFETY: as above.
+            Some(datum) => unsafe { fcinfo.return_raw_datum(datum) },
+            None => fcinfo.return_null(),
+        }
+    }
+}
