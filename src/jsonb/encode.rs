@@ -7,6 +7,8 @@
 //! four bytes.
 
 use std::ffi::CString;
+use std::fmt::Display;
+use std::io::Write as _;
 
 use pgrx::pg_sys;
 use serde::ser::{self, Error as _, Serialize, Serializer};
@@ -201,6 +203,12 @@ impl<'b> Serializer for Encoder<'b> {
         Ok(self.add(IS_STRING, value.as_bytes()))
     }
 
+    fn collect_str<T: Display + ?Sized>(self, value: &T) -> Result<Node> {
+        let begin = self.bytes.len();
+        write!(self.bytes, "{value}").map_err(Error::custom)?;
+        Ok(Node { kind: IS_STRING, begin, end: self.bytes.len() })
+    }
+
     fn serialize_bytes(self, value: &[u8]) -> Result<Node> {
         value.serialize(self)
     }
@@ -389,17 +397,15 @@ impl<'b> Members<'b> {
             one.len().cmp(&other.len()).then_with(|| one.cmp(other))
         });
         // Of members of one name the last one counts.
-        let all = self.members.iter().enumerate();
-        let counting: Vec<&(Node, Node)> = all
-            .filter(|(at, (key, _))| {
-                self.members.get(at + 1).is_none_or(|(next, _)| name(next) != name(key))
-            })
-            .map(|(_, member)| member)
-            .collect();
-        let mut nodes: Vec<Node> = Vec::with_capacity(2 * counting.len());
-        nodes.extend(counting.iter().map(|(key, _)| *key));
-        nodes.extend(counting.iter().map(|(_, value)| *value));
-        let count = counting.len();
+        let counts = |at: usize| {
+            let next = self.members.get(at + 1);
+            next.is_none_or(|(next, _)| name(next) != name(&self.members[at].0))
+        };
+        let all = || (0..self.members.len()).filter(|at| counts(*at));
+        let mut nodes = Vec::with_capacity(2 * self.members.len());
+        nodes.extend(all().map(|at| self.members[at].0));
+        let count = nodes.len();
+        nodes.extend(all().map(|at| self.members[at].1));
         assemble(self.bytes, self.begin, IS_OBJECT, &nodes, count)
     }
 

@@ -4,6 +4,7 @@ use pg_claims_tests::json;
 use postgres::Client;
 
 use crate::support::*;
+use crate::worker::served;
 
 const WORKING: &str = "SELECT string_agg(sd_id || ':' || active_session_id, ',' ORDER BY sd_id)
                          FROM strategic_directives_v2 WHERE is_working_on";
@@ -187,4 +188,36 @@ fn fencing_tokens_that_begin_anew_cost_no_history() {
     }
     granted(&mut c, "SD-3", "s3");
     assert_in_step(&mut c);
+}
+
+#[test]
+fn subscribers_are_told_of_no_claim_that_was_taken_back() {
+    for lost in [
+        "DELETE FROM sd_claims",
+        "UPDATE claude_sessions SET sd_id = NULL, claim_id = NULL, claimed_at = NULL, status = 'idle'",
+    ] {
+        let (server, mut c) = served("decoded", &["wal_level = logical"]);
+        granted(&mut c, "SD-1", "s1");
+        c.batch_execute(&format!(
+            "SET session_replication_role = replica; {lost};
+             UPDATE strategic_directives_v2 SET is_working_on = false, active_session_id = NULL;
+             RESET session_replication_role;
+             CREATE PUBLICATION all_claims FOR TABLE claude_sessions, sd_claims"
+        ))
+        .unwrap();
+        c.batch_execute("SELECT pg_create_logical_replication_slot('told', 'pgoutput')").unwrap();
+        if lost.starts_with("DELETE") {
+            assert_eq!(claim(&mut c, "SD-1", "s2")["claimed_by"], "s1");
+        }
+        let given = json(&mut c, "SELECT claim_next_sd('s2')", &[]);
+        assert_eq!(given["sd_id"], "SD-2", "{given}");
+        // What a subscriber would have to write of it: the one claim.
+        let told = "SELECT string_agg(chr(get_byte(data, 0)), '' ORDER BY lsn)
+                      FROM pg_logical_slot_peek_binary_changes('told', NULL, NULL, 'proto_version', '1',
+                                                               'publication_names', 'all_claims')
+                     WHERE get_byte(data, 0) IN (ascii('I'), ascii('U'), ascii('D'))";
+        assert_eq!(value(&mut c, told).as_deref(), Some("IU"), "{lost}");
+        c.batch_execute("SELECT pg_drop_replication_slot('told')").unwrap();
+        drop(server);
+    }
 }

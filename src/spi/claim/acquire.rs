@@ -81,8 +81,9 @@ pub fn acquire(
     // That nobody holds the SD, until it turns out to be wrong.
     let mut trusts_backlog = true;
     for _ in 0..ROUNDS {
-        // By a statement that would turn out as an error.
-        trusts_backlog &= locked.is_empty() || session::may_be_written_directly();
+        // By a statement that would turn out as an error, and for subscribers it would be one.
+        trusts_backlog &=
+            locked.is_empty() || (session::may_be_written_directly() && !time::is_decoded());
         let picture = if trusts_backlog {
             picture::glance(db, session_id, sd_id)?
         } else {
@@ -260,6 +261,10 @@ fn take(
         };
     };
     if !grant(db, request, claim_id, claimed_at, held, wait)? {
+        // The owner has lost it already: the error undoes that as well.
+        if loser.is_some() {
+            return Err(ClaimError::Unsettled { sd_id: sd_id.to_owned() });
+        }
         history::discard(db, claim_id)?;
         return Ok(None);
     }

@@ -105,6 +105,13 @@ fn open_directly(
     opened: Opened<'_>,
     wait: Wait,
 ) -> Result<Option<(i64, DateTime<Utc>)>> {
+    if wait == Wait::Skip
+        && time::is_decoded()
+        && table
+            .any(&Snapshot::take(), column::OPEN_BY_SD_ID, Key::Text(opened.sd_id), |_| Ok(true))?
+    {
+        return Ok(None);
+    }
     let claim_id = next_id(db)?;
     let claimed_at = time::now();
     let queued = opened.queued;

@@ -202,7 +202,7 @@ pub mod sessions {
 pub mod claims {
     use pgrx::pg_sys::BuiltinOid::{INT8OID, TEXTOID, TIMESTAMPTZOID};
 
-    use super::{BTREE, Index, Layout};
+    use super::{BTREE, Index, Layout, SpareIndex};
 
     /// The table.
     pub const LAYOUT: Layout = Layout {
@@ -251,6 +251,7 @@ pub mod claims {
     pub const QUEUE_TRACK: usize = LAYOUT.column("queue_track");
 
     pub const BY_CLAIM_ID: Index = LAYOUT.index("sd_claims_pkey");
+    pub const OPEN_BY_SD_ID: SpareIndex = LAYOUT.spare_index("sd_claims_open_key");
 }
 
 /// `session_lifecycle_events`.
