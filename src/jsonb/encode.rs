@@ -140,8 +140,8 @@ impl<'b> Serializer for Encoder<'b> {
     type Ok = Node;
     type Error = Error;
     type SerializeSeq = List<'b>;
-    type SerializeTuple = List<'b>;
-    type SerializeTupleStruct = List<'b>;
+    type SerializeTuple = ser::Impossible<Node, Error>;
+    type SerializeTupleStruct = ser::Impossible<Node, Error>;
     type SerializeTupleVariant = ser::Impossible<Node, Error>;
     type SerializeMap = Members<'b>;
     type SerializeStruct = Members<'b>;
@@ -262,12 +262,16 @@ impl<'b> Serializer for Encoder<'b> {
         Ok(List { begin: self.bytes.len(), bytes: self.bytes, nodes: Vec::new() })
     }
 
-    fn serialize_tuple(self, length: usize) -> Result<List<'b>> {
-        self.serialize_seq(Some(length))
+    fn serialize_tuple(self, _length: usize) -> Result<Self::SerializeTuple> {
+        Err(unused("a tuple"))
     }
 
-    fn serialize_tuple_struct(self, _name: &'static str, length: usize) -> Result<List<'b>> {
-        self.serialize_seq(Some(length))
+    fn serialize_tuple_struct(
+        self,
+        name: &'static str,
+        _length: usize,
+    ) -> Result<Self::SerializeTupleStruct> {
+        Err(unused(name))
     }
 
     fn serialize_tuple_variant(
@@ -277,7 +281,7 @@ impl<'b> Serializer for Encoder<'b> {
         _variant: &'static str,
         _length: usize,
     ) -> Result<Self::SerializeTupleVariant> {
-        Err(Error::custom(format!("{name} has a form that is not used in answers")))
+        Err(unused(name))
     }
 
     fn serialize_map(self, _length: Option<usize>) -> Result<Members<'b>> {
@@ -295,8 +299,13 @@ impl<'b> Serializer for Encoder<'b> {
         _variant: &'static str,
         _length: usize,
     ) -> Result<Self::SerializeStructVariant> {
-        Err(Error::custom(format!("{name} has a form that is not used in answers")))
+        Err(unused(name))
     }
+}
+
+/// The error for what no answer is made of.
+fn unused(name: &str) -> Error {
+    Error::custom(format!("{name} has a form that is not used in answers"))
 }
 
 /// The elements of an array, so far.
@@ -306,53 +315,17 @@ struct List<'b> {
     nodes: Vec<Node>,
 }
 
-impl List<'_> {
-    fn add<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<()> {
-        self.nodes.push(value.serialize(Encoder { bytes: self.bytes })?);
-        Ok(())
-    }
-
-    fn finish(self) -> Result<Node> {
-        assemble(self.bytes, self.begin, IS_ARRAY, &self.nodes, self.nodes.len())
-    }
-}
-
 impl ser::SerializeSeq for List<'_> {
     type Ok = Node;
     type Error = Error;
 
     fn serialize_element<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<()> {
-        self.add(value)
+        self.nodes.push(value.serialize(Encoder { bytes: self.bytes })?);
+        Ok(())
     }
 
     fn end(self) -> Result<Node> {
-        self.finish()
-    }
-}
-
-impl ser::SerializeTuple for List<'_> {
-    type Ok = Node;
-    type Error = Error;
-
-    fn serialize_element<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<()> {
-        self.add(value)
-    }
-
-    fn end(self) -> Result<Node> {
-        self.finish()
-    }
-}
-
-impl ser::SerializeTupleStruct for List<'_> {
-    type Ok = Node;
-    type Error = Error;
-
-    fn serialize_field<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<()> {
-        self.add(value)
-    }
-
-    fn end(self) -> Result<Node> {
-        self.finish()
+        assemble(self.bytes, self.begin, IS_ARRAY, &self.nodes, self.nodes.len())
     }
 }
 

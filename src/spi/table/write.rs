@@ -176,12 +176,11 @@ impl Table {
         if result != TM_Result::TM_Ok {
             return Update::Outdated;
         }
-        // SAFETY: the slot holds the row as it was written.
-        if unsafe { self.update_indexes(row, &written, indexes, uniqueness) } {
-            Update::Done
-        } else {
-            Update::Contested
-        }
+        let is_unique = only_summarizing(indexes).is_none_or(|only_summarizing| {
+            // SAFETY: the slot holds the row as it was written.
+            unsafe { self.insert_index_entries(Some(row), &written, only_summarizing, uniqueness) }
+        });
+        if is_unique { Update::Done } else { Update::Contested }
     }
 
     /// Adds a row; columns without a value become NULL. Waits for a transaction that is just adding one of the
@@ -208,37 +207,6 @@ impl Table {
             pg_sys::simple_table_tuple_insert(self.relation, written.slot);
             self.insert_index_entries(None, &written, false, uniqueness)
         }
-    }
-
-    /// # Safety
-    /// `row` must just have been written.
-    #[cfg(any(feature = "pg14", feature = "pg15"))]
-    unsafe fn update_indexes(
-        &self,
-        old: &TableRow,
-        row: &TableRow,
-        indexes: Indexes,
-        uniqueness: Uniqueness,
-    ) -> bool {
-        // SAFETY: as promised.
-        !indexes || unsafe { self.insert_index_entries(Some(old), row, false, uniqueness) }
-    }
-
-    /// # Safety
-    /// `row` must just have been written.
-    #[cfg(not(any(feature = "pg14", feature = "pg15")))]
-    unsafe fn update_indexes(
-        &self,
-        old: &TableRow,
-        row: &TableRow,
-        indexes: Indexes,
-        uniqueness: Uniqueness,
-    ) -> bool {
-        use pg_sys::TU_UpdateIndexes::{TU_None, TU_Summarizing};
-        let only_summarizing = indexes == TU_Summarizing;
-        indexes == TU_None
-            // SAFETY: as promised.
-            || unsafe { self.insert_index_entries(Some(old), row, only_summarizing, uniqueness) }
     }
 
     /// False where that may leave two rows with one key, which only [`Uniqueness::Told`] allows.
@@ -427,6 +395,17 @@ pub enum Update {
 type Indexes = bool;
 #[cfg(not(any(feature = "pg14", feature = "pg15")))]
 type Indexes = pg_sys::TU_UpdateIndexes::Type;
+
+/// Whether it is only those that summarize; `None` where it is none at all.
+#[cfg(any(feature = "pg14", feature = "pg15"))]
+fn only_summarizing(indexes: Indexes) -> Option<bool> {
+    indexes.then_some(false)
+}
+#[cfg(not(any(feature = "pg14", feature = "pg15")))]
+fn only_summarizing(indexes: Indexes) -> Option<bool> {
+    use pg_sys::TU_UpdateIndexes::{TU_None, TU_Summarizing};
+    (indexes != TU_None).then_some(indexes == TU_Summarizing)
+}
 
 unsafe extern "C-unwind" {
     // Of commands/sequence.h, which pgrx does not bind.
