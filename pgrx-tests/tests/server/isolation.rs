@@ -162,16 +162,25 @@ fn a_write_by_hand_that_loses_a_race_is_a_serialization_failure_too() {
 }
 
 #[test]
-fn a_stop_sign_and_a_claim_that_have_not_seen_each_other_are_a_serialization_failure() {
-    let (db, mut claimant) = coordinated();
-    let mut person = db.connect();
-    claimant
-        .batch_execute("BEGIN ISOLATION LEVEL SERIALIZABLE; SELECT 1 FROM claude_sessions")
-        .unwrap();
-    person.batch_execute("BEGIN ISOLATION LEVEL SERIALIZABLE").unwrap();
-    assert_eq!(count(&mut person, "SELECT count(*) FROM claude_sessions WHERE sd_id = 'SD-1'"), 0);
-    // The first stop sign ever: until here the table of those was empty.
-    person.batch_execute("SELECT hold_sd('SD-1', 'wait'); COMMIT").unwrap();
-    let error = claimant.batch_execute("SELECT claim_sd('SD-1', 's1'); COMMIT").unwrap_err();
-    assert_eq!(sqlstate(&error), "40001");
+fn claims_of_a_pair_that_is_just_being_declared_are_a_serialization_failure() {
+    let (db, mut first) = coordinated();
+    let mut second = db.connect();
+    for client in [&mut first, &mut second] {
+        client
+            .batch_execute("BEGIN ISOLATION LEVEL SERIALIZABLE; SELECT 1 FROM claude_sessions")
+            .unwrap();
+    }
+    // Finds the table of pairs empty, as it has been since it was made.
+    granted(&mut first, "SD-1", "s1");
+    let rest = second.batch_execute(
+        "INSERT INTO sd_conflict_matrix (sd_id_a, sd_id_b, conflict_type, declared_by)
+         VALUES ('SD-1', 'SD-2', 'same_files', current_user);
+         SELECT claim_sd('SD-2', 's2');
+         COMMIT",
+    );
+    let failed = match (rest, first.batch_execute("COMMIT")) {
+        (Err(failed), Ok(())) | (Ok(()), Err(failed)) => failed,
+        both => panic!("{both:?}"),
+    };
+    assert_eq!(sqlstate(&failed), "40001");
 }
