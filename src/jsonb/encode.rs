@@ -7,8 +7,7 @@
 //! four bytes.
 
 use std::ffi::CString;
-use std::fmt::Display;
-use std::io::Write as _;
+use std::fmt::{self, Display, Write as _};
 
 use pgrx::pg_sys;
 use serde::ser::{self, Error as _, Serialize, Serializer};
@@ -36,12 +35,12 @@ const NUMBER: &str = "$serde_json::private::Number";
 
 /// The value's bytes.
 pub fn encode<T: Serialize + ?Sized>(value: &T) -> Result<Vec<u8>> {
-    let mut bytes = Vec::with_capacity(256);
+    let mut bytes = Vec::with_capacity(1024);
     let node = value.serialize(Encoder { bytes: &mut bytes })?;
     if node.kind == IS_CONTAINER {
         return Ok(bytes);
     }
-    assemble(&mut bytes, 0, IS_ARRAY | IS_SCALAR, &[node], 1)?;
+    assemble(&mut bytes, 0, IS_ARRAY | IS_SCALAR, 1, [node].iter())?;
     Ok(bytes)
 }
 
@@ -59,39 +58,61 @@ impl Node {
     }
 }
 
-/// Puts a container together from `nodes`, in their order, and in the place of everything from `begin` on.
-fn assemble(
+/// Puts a container of `count` elements together from `nodes`, in their order, and in the place of everything
+/// from `begin` on.
+fn assemble<'n>(
     bytes: &mut Vec<u8>,
     begin: usize,
     kind: u32,
-    nodes: &[Node],
     count: usize,
+    nodes: impl Iterator<Item = &'n Node> + Clone,
 ) -> Result<Node> {
     let too_large = || Error::custom("the answer is too large for jsonb");
-    let head = 4 + 4 * nodes.len();
-    let mut whole = Vec::with_capacity(head + bytes.len() - begin + 4 * nodes.len());
     let count = u32::try_from(count).ok().filter(|count| *count < IS_SCALAR);
-    whole.extend_from_slice(&(kind | count.ok_or_else(too_large)?).to_ne_bytes());
-    whole.resize(head, 0);
-    for (at, node) in nodes.iter().enumerate() {
-        let start = whole.len();
+    let count = count.ok_or_else(too_large)?;
+    // Behind what it is made of, which is then dropped.
+    let whole = bytes.len();
+    bytes.extend_from_slice(&(kind | count).to_ne_bytes());
+    let entries = bytes.len();
+    bytes.resize(entries + 4 * nodes.clone().count(), 0);
+    let elements = bytes.len();
+    for (at, node) in nodes.enumerate() {
+        let start = bytes.len() - elements;
         if node.is_aligned() {
-            whole.resize(start.next_multiple_of(4), 0);
+            bytes.resize(elements + start.next_multiple_of(4), 0);
         }
-        whole.extend_from_slice(&bytes[node.begin..node.end]);
-        if whole.len() - head > MAX_LENGTH {
+        bytes.extend_from_within(node.begin..node.end);
+        let end = bytes.len() - elements;
+        if end > MAX_LENGTH {
             return Err(too_large());
         }
         let entry = if at.is_multiple_of(OFFSET_STRIDE) {
-            node.kind | HAS_OFFSET | (whole.len() - head) as u32
+            node.kind | HAS_OFFSET | end as u32
         } else {
-            node.kind | (whole.len() - start) as u32
+            node.kind | (end - start) as u32
         };
-        whole[4 + 4 * at..8 + 4 * at].copy_from_slice(&entry.to_ne_bytes());
+        bytes[entries + 4 * at..][..4].copy_from_slice(&entry.to_ne_bytes());
     }
-    bytes.truncate(begin);
-    bytes.extend_from_slice(&whole);
+    bytes.drain(begin..whole);
     Ok(Node { kind: IS_CONTAINER, begin, end: bytes.len() })
+}
+
+/// Takes text without a look at what it takes it for: the characters of a time come one by one.
+struct Text<'b>(&'b mut Vec<u8>);
+
+impl fmt::Write for Text<'_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        self.0.extend_from_slice(text.as_bytes());
+        Ok(())
+    }
+
+    fn write_char(&mut self, character: char) -> fmt::Result {
+        match u8::try_from(character) {
+            Ok(byte) if byte.is_ascii() => self.0.push(byte),
+            _ => self.write_str(character.encode_utf8(&mut [0; 4]))?,
+        }
+        Ok(())
+    }
 }
 
 /// Writes one value to the end of `bytes`.
@@ -205,7 +226,7 @@ impl<'b> Serializer for Encoder<'b> {
 
     fn collect_str<T: Display + ?Sized>(self, value: &T) -> Result<Node> {
         let begin = self.bytes.len();
-        write!(self.bytes, "{value}").map_err(Error::custom)?;
+        write!(Text(self.bytes), "{value}").map_err(Error::custom)?;
         Ok(Node { kind: IS_STRING, begin, end: self.bytes.len() })
     }
 
@@ -325,7 +346,7 @@ impl ser::SerializeSeq for List<'_> {
     }
 
     fn end(self) -> Result<Node> {
-        assemble(self.bytes, self.begin, IS_ARRAY, &self.nodes, self.nodes.len())
+        assemble(self.bytes, self.begin, IS_ARRAY, self.nodes.len(), self.nodes.iter())
     }
 }
 
@@ -370,16 +391,16 @@ impl<'b> Members<'b> {
             one.len().cmp(&other.len()).then_with(|| one.cmp(other))
         });
         // Of members of one name the last one counts.
-        let counts = |at: usize| {
-            let next = self.members.get(at + 1);
-            next.is_none_or(|(next, _)| name(next) != name(&self.members[at].0))
-        };
-        let all = || (0..self.members.len()).filter(|at| counts(*at));
-        let mut nodes = Vec::with_capacity(2 * self.members.len());
-        nodes.extend(all().map(|at| self.members[at].0));
-        let count = nodes.len();
-        nodes.extend(all().map(|at| self.members[at].1));
-        assemble(self.bytes, self.begin, IS_OBJECT, &nodes, count)
+        self.members.dedup_by(|next, last| {
+            let is_same = name(&next.0) == name(&last.0);
+            if is_same {
+                *last = *next;
+            }
+            is_same
+        });
+        let keys = self.members.iter().map(|(key, _)| key);
+        let values = self.members.iter().map(|(_, value)| value);
+        assemble(self.bytes, self.begin, IS_OBJECT, self.members.len(), keys.chain(values))
     }
 
     fn number(self) -> Result<Node> {
