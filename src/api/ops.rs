@@ -37,8 +37,7 @@ fn cleanup_stale_sessions(
     // The worker passes by what this holds, and must look again afterwards.
     wake::at_commit();
     let reaped = Db::connect(|db| {
-        // Not noted on the board, as this may be rolled back: the worker or the next call writes them again.
-        heartbeat::write(db, heartbeat::unwritten(db)?)?;
+        heartbeat::write_all(db)?;
         let reaped = reap_up_to(db, policy, batch)?;
         order::append_visible(db, EVENT_BATCH)?;
         order::announce(db, EVENT_BATCH, guc::notify())?;

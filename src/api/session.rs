@@ -2,7 +2,6 @@
 
 use pg_claims_core::age;
 use pg_claims_core::refusal::Refusal;
-use pgrx::JsonB;
 use pgrx::datum::Interval;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
@@ -22,7 +21,7 @@ fn register_session(
     p_tty: default!(Option<&str>, "NULL"),
     p_pid: default!(Option<i32>, "NULL"),
     p_codebase: default!(Option<&str>, "NULL"),
-    p_metadata: default!(Option<JsonB>, "NULL"),
+    p_metadata: default!(Option<Jsonb>, "NULL"),
     p_stale_after: default!(Option<Interval>, "NULL"),
 ) -> Result<Jsonb, ErrorReport> {
     let registration = Registration {
@@ -37,10 +36,12 @@ fn register_session(
     Ok(Db::connect(|db| register(db, registration))?)
 }
 
-fn object_or_empty(metadata: Option<JsonB>) -> Result<JsonB> {
-    let metadata = metadata.map_or_else(|| serde_json::json!({}), |metadata| metadata.0);
+fn object_or_empty(metadata: Option<Jsonb>) -> Result<Jsonb> {
+    let Some(metadata) = metadata else {
+        return Ok(Jsonb::of(&serde_json::json!({}))?);
+    };
     if metadata.is_object() {
-        return Ok(JsonB(metadata));
+        return Ok(metadata);
     }
     Err(ClaimError::InvalidArgument {
         argument: "p_metadata",

@@ -6,6 +6,7 @@
 //! Whoever looks for a session's last heartbeat takes the later one of board and table
 //! (`latest_heartbeat` in SQL). The worker writes the board to the table now and then.
 
+mod at_commit;
 mod memory;
 mod saved;
 
@@ -14,8 +15,14 @@ use std::cell::Cell;
 use pg_claims_core::board::{Entry, Fullness, Held, Key};
 use pgrx::pg_sys;
 
+pub use at_commit::at_commit;
 use memory::Board;
-pub use memory::init;
+
+/// Asks the server for what the board needs, when the library is loaded.
+pub fn init() {
+    memory::init();
+    at_commit::init();
+}
 
 thread_local! {
     static TIMES_CLOSED: Cell<u64> = const { Cell::new(0) };

@@ -6,9 +6,10 @@ use serde::Serialize;
 use crate::outcome::LostClaim;
 use crate::refusal::Refusal;
 
-/// A session as `register_session` and `end_session` left it.
+/// A session as `register_session` and `end_session` left it. Its metadata is passed on as `M`, which nobody
+/// reads.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct SessionState {
+pub struct SessionState<M> {
     /// Always true.
     pub success: bool,
     /// The session.
@@ -28,7 +29,7 @@ pub struct SessionState {
     /// What it said of itself.
     pub codebase: Option<String>,
     /// All metadata that was ever given, merged.
-    pub metadata: serde_json::Value,
+    pub metadata: M,
     /// Its last sign of life.
     pub heartbeat_at: DateTime<Utc>,
     /// The lease that it has of its own, in seconds; `None`: `pg_claims.stale_after`.

@@ -33,15 +33,27 @@ const IS_ARRAY: u32 = 0x4000_0000;
 /// How serde tells a number of any precision.
 const NUMBER: &str = "$serde_json::private::Number";
 
+/// The name of what has its bytes from the server: an object or array as it is.
+pub const STORED: &str = "$pg_claims::jsonb";
+
 /// The value's bytes.
 pub fn encode<T: Serialize + ?Sized>(value: &T) -> Result<Vec<u8>> {
     let mut bytes = Vec::with_capacity(1024);
-    let node = value.serialize(Encoder { bytes: &mut bytes })?;
+    let node = value.serialize(Encoder::new(&mut bytes))?;
     if node.kind == IS_CONTAINER {
         return Ok(bytes);
     }
     assemble(&mut bytes, 0, IS_ARRAY | IS_SCALAR, 1, [node].iter())?;
     Ok(bytes)
+}
+
+/// Whether these are an object's.
+pub fn is_object(bytes: &[u8]) -> bool {
+    head(bytes).is_some_and(|head| head & IS_OBJECT != 0)
+}
+
+fn head(bytes: &[u8]) -> Option<u32> {
+    bytes.first_chunk().map(|head| u32::from_ne_bytes(*head))
 }
 
 /// A value whose bytes have been written somewhere, without any padding in front.
@@ -118,9 +130,15 @@ impl fmt::Write for Text<'_> {
 /// Writes one value to the end of `bytes`.
 struct Encoder<'b> {
     bytes: &'b mut Vec<u8>,
+    /// Whether the value is one that the server has made.
+    is_stored: bool,
 }
 
-impl Encoder<'_> {
+impl<'b> Encoder<'b> {
+    fn new(bytes: &'b mut Vec<u8>) -> Self {
+        Self { bytes, is_stored: false }
+    }
+
     fn add(self, kind: u32, bytes: &[u8]) -> Node {
         let begin = self.bytes.len();
         self.bytes.extend_from_slice(bytes);
@@ -231,7 +249,13 @@ impl<'b> Serializer for Encoder<'b> {
     }
 
     fn serialize_bytes(self, value: &[u8]) -> Result<Node> {
-        value.serialize(self)
+        if !self.is_stored {
+            return value.serialize(self);
+        }
+        if head(value).is_none_or(|head| head & IS_SCALAR != 0) {
+            return Err(unused("a stored value that is no container"));
+        }
+        Ok(self.add(IS_CONTAINER, value))
     }
 
     fn serialize_none(self) -> Result<Node> {
@@ -261,10 +285,10 @@ impl<'b> Serializer for Encoder<'b> {
 
     fn serialize_newtype_struct<T: Serialize + ?Sized>(
         self,
-        _name: &'static str,
+        name: &'static str,
         value: &T,
     ) -> Result<Node> {
-        value.serialize(self)
+        value.serialize(Self { is_stored: name == STORED, ..self })
     }
 
     fn serialize_newtype_variant<T: Serialize + ?Sized>(
@@ -341,7 +365,7 @@ impl ser::SerializeSeq for List<'_> {
     type Error = Error;
 
     fn serialize_element<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<()> {
-        self.nodes.push(value.serialize(Encoder { bytes: self.bytes })?);
+        self.nodes.push(value.serialize(Encoder::new(self.bytes))?);
         Ok(())
     }
 
@@ -374,8 +398,8 @@ impl<'b> Members<'b> {
     }
 
     fn add<T: Serialize + ?Sized>(&mut self, key: &str, value: &T) -> Result<()> {
-        let key = Encoder { bytes: self.bytes }.add(IS_STRING, key.as_bytes());
-        let value = value.serialize(Encoder { bytes: self.bytes })?;
+        let key = Encoder::new(self.bytes).add(IS_STRING, key.as_bytes());
+        let value = value.serialize(Encoder::new(self.bytes))?;
         self.members.push((key, value));
         Ok(())
     }
@@ -408,7 +432,7 @@ impl<'b> Members<'b> {
         let Node { begin, end, .. } = value.ok_or_else(|| Error::custom("no number"))?;
         let text = String::from_utf8_lossy(&self.bytes[begin..end]).into_owned();
         self.bytes.truncate(self.begin);
-        let encoder = Encoder { bytes: self.bytes };
+        let encoder = Encoder::new(self.bytes);
         match text.parse() {
             Ok(integer) => encoder.serialize_i64(integer),
             Err(_) => encoder.add_number(&text),
@@ -421,7 +445,7 @@ impl ser::SerializeMap for Members<'_> {
     type Error = Error;
 
     fn serialize_key<T: Serialize + ?Sized>(&mut self, key: &T) -> Result<()> {
-        let key = key.serialize(Encoder { bytes: self.bytes })?;
+        let key = key.serialize(Encoder::new(self.bytes))?;
         if key.kind != IS_STRING {
             return Err(Error::custom("a key must be a string"));
         }
@@ -431,7 +455,7 @@ impl ser::SerializeMap for Members<'_> {
 
     fn serialize_value<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<()> {
         let key = self.key.take().ok_or_else(|| Error::custom("a value needs a key"))?;
-        let value = value.serialize(Encoder { bytes: self.bytes })?;
+        let value = value.serialize(Encoder::new(self.bytes))?;
         self.members.push((key, value));
         Ok(())
     }

@@ -2,12 +2,12 @@
 
 mod encode;
 
-use pgrx::callconv::{BoxRet, FcInfo};
+use pgrx::callconv::{Arg, ArgAbi, BoxRet, FcInfo};
 use pgrx::pgrx_sql_entity_graph::metadata::{
     ArgumentError, ReturnsError, ReturnsRef, SqlMappingRef, SqlTranslatable, TypeOrigin,
 };
-use pgrx::{IntoDatum, pg_sys};
-use serde::Serialize;
+use pgrx::{FromDatum, IntoDatum, pg_sys};
+use serde::{Serialize, Serializer};
 
 /// A value as the server stores jsonb, but for the length in front of it.
 #[derive(Debug)]
@@ -20,6 +20,48 @@ impl Jsonb {
     /// If it is too large for the server, or serde cannot tell it as JSON.
     pub fn of<T: Serialize + ?Sized>(value: &T) -> serde_json::Result<Self> {
         encode::encode(value).map(Self)
+    }
+
+    /// Whether it is an object.
+    pub fn is_object(&self) -> bool {
+        encode::is_object(&self.0)
+    }
+}
+
+/// As part of another [`Jsonb`], and of nothing else.
+impl Serialize for Jsonb {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_newtype_struct(encode::STORED, &Stored(&self.0))
+    }
+}
+
+struct Stored<'a>(&'a [u8]);
+
+impl Serialize for Stored<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(self.0)
+    }
+}
+
+impl FromDatum for Jsonb {
+    unsafe fn from_polymorphic_datum(
+        datum: pg_sys::Datum,
+        is_null: bool,
+        _type: pg_sys::Oid,
+    ) -> Option<Self> {
+        if is_null {
+            return None;
+        }
+        // SAFETY: the caller's datum is a jsonb, which is read while it is there.
+        unsafe {
+            let given = datum.cast_mut_ptr();
+            let whole = pg_sys::pg_detoast_datum_packed(given);
+            let value = Self(pgrx::varlena_to_byte_slice(whole).to_vec());
+            if whole != given {
+                pg_sys::pfree(whole.cast());
+            }
+            Some(value)
+        }
     }
 }
 
@@ -51,6 +93,15 @@ unsafe impl SqlTranslatable for Jsonb {
     const ARGUMENT_SQL: Result<SqlMappingRef, ArgumentError> = Ok(SqlMappingRef::literal("jsonb"));
     const RETURN_SQL: Result<ReturnsRef, ReturnsError> =
         Ok(ReturnsRef::One(SqlMappingRef::literal("jsonb")));
+}
+
+// SAFETY: from_datum reads a jsonb.
+unsafe impl<'fcx> ArgAbi<'fcx> for Jsonb {
+    unsafe fn unbox_arg_unchecked(arg: Arg<'_, 'fcx>) -> Self {
+        // SAFETY: as the caller promises.
+        let given = unsafe { arg.unbox_arg_using_from_datum() };
+        given.unwrap_or_else(|| panic!("a NULL where none can be"))
+    }
 }
 
 // SAFETY: the datum is one of the type that the function is declared with.

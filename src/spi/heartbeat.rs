@@ -302,11 +302,28 @@ impl Written {
     }
 }
 
-/// Heartbeats on the board where the table is behind by half a lease.
+/// Heartbeats on the board where the table is behind by half a lease: as many as are written at once.
 pub fn unwritten(db: &Db<'_>) -> Result<Vec<(String, i64)>> {
+    unwritten_up_to(db, WRITE_BATCH)
+}
+
+fn unwritten_up_to(db: &Db<'_>, limit: usize) -> Result<Vec<(String, i64)>> {
     let lag = guc::lease_rules().stale_after / 2;
     let lag = lag.num_microseconds().unwrap_or(i64::MAX);
-    Ok(board::unwritten(db.catalog()?.sessions, lag, WRITE_BATCH))
+    Ok(board::unwritten(db.catalog()?.sessions, lag, limit))
+}
+
+/// Does all for the board that the worker does, within this transaction, where there may be no worker.
+pub fn write_all(db: &Db<'_>) -> Result<()> {
+    let table = db.catalog()?.sessions;
+    for batch in unwritten_up_to(db, usize::MAX)?.chunks(WRITE_BATCH) {
+        let written = write(db, batch.to_vec())?;
+        board::at_commit(|| {
+            written.note();
+        });
+    }
+    board::at_commit(move || board::sweep(table));
+    Ok(())
 }
 
 /// Writes such heartbeats to the table.

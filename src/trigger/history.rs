@@ -4,6 +4,7 @@ use pgrx::PgSqlErrorCode;
 use pgrx::prelude::*;
 
 use super::{Row, is_restoring, run, session_rows};
+use crate::board::Place;
 use crate::error::ClaimError;
 use crate::spi::{Db, claim, session, time};
 
@@ -11,6 +12,10 @@ use crate::spi::{Db, claim, session, time};
 pub fn record_claim_history<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
     run(|| {
         let (old, new) = session_rows(trigger)?;
+        if let (None, Some(new)) = (&old, &new) {
+            // Of one that had this id before and was deleted.
+            Place::of(trigger.relid()?, &new.session_id).remove();
+        }
         Db::connect(|db| match (&old, &new) {
             (None, Some(_)) if is_restoring() => Ok(()),
             (None, Some(new)) => claim::follow_insert(db, new),

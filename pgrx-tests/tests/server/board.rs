@@ -311,6 +311,82 @@ fn the_worker_writes_the_board_to_the_table_and_clears_it() {
     server.discard().unwrap();
 }
 
+/// Where each session's row is: elsewhere once it has been written.
+fn places(c: &mut Client) -> Option<String> {
+    value(c, "SELECT string_agg(ctid::text, ' ' ORDER BY session_id) FROM claude_sessions")
+}
+
+#[test]
+fn the_heartbeat_that_brings_a_session_onto_the_board_is_not_written_twice() {
+    let (server, mut c) = boarded("board-first", &[]);
+    granted(&mut c, "SD-1", "s1");
+    beat(&mut c, "s1");
+    json(&mut c, "SELECT heartbeat_sessions('{s2}')", &[]);
+    assert!(is_on_board(&mut c, "s1") && is_on_board(&mut c, "s2"));
+    let before = places(&mut c);
+    json(&mut c, "SELECT cleanup_stale_sessions()", &[]);
+    assert_eq!(places(&mut c), before);
+    server.discard().unwrap();
+}
+
+#[test]
+fn without_a_worker_cleaning_up_writes_all_of_the_board_once_and_clears_it() {
+    let (server, mut c) = boarded("board-cron", &["pg_claims.stale_after = 1s"]);
+    c.batch_execute("SELECT register_session('many-' || n) FROM generate_series(1, 1500) n")
+        .unwrap();
+    let behind = "SELECT count(*) FROM claude_sessions
+                   WHERE latest_heartbeat(tableoid, session_id, heartbeat_at) - heartbeat_at >= '0.5 s'";
+    wait_until("the table to be half a lease behind", || {
+        c.batch_execute(
+            "SELECT heartbeat_sessions(array_agg(session_id)) FROM claude_sessions
+              WHERE session_id LIKE 'many-%'",
+        )
+        .unwrap();
+        count(&mut c, behind) == 1500
+    });
+    // What comes to nothing leaves the board as it is.
+    for undone in [
+        "BEGIN; SELECT cleanup_stale_sessions(); ROLLBACK",
+        "BEGIN; SAVEPOINT s; SELECT cleanup_stale_sessions(); ROLLBACK TO s; COMMIT",
+    ] {
+        c.batch_execute(undone).unwrap();
+        assert_eq!(count(&mut c, behind), 1500, "{undone}");
+    }
+    json(&mut c, "SELECT cleanup_stale_sessions()", &[]);
+    assert_eq!(count(&mut c, behind), 0);
+    let before = places(&mut c);
+    json(&mut c, "SELECT cleanup_stale_sessions()", &[]);
+    assert_eq!(places(&mut c), before, "written again");
+
+    c.batch_execute(
+        "SELECT end_session(session_id) FROM claude_sessions WHERE session_id LIKE 'many-1%';
+         DELETE FROM claude_sessions WHERE session_id LIKE 'many-%'",
+    )
+    .unwrap();
+    assert!(entries(&mut c) >= 1500);
+    json(&mut c, "SELECT cleanup_stale_sessions()", &[]);
+    assert_eq!(entries(&mut c), 0);
+    server.discard().unwrap();
+}
+
+#[test]
+fn a_session_that_is_put_back_by_hand_has_the_heartbeat_that_it_is_given() {
+    let (server, mut c) = boarded("board-ghost", &[]);
+    for _ in 0..2 {
+        beat(&mut c, "s1");
+    }
+    let (in_table, counts) = heartbeats(&mut c, "s1");
+    assert!(counts > in_table);
+    c.batch_execute(
+        "CREATE TABLE kept AS SELECT * FROM claude_sessions WHERE session_id = 's1';
+         DELETE FROM claude_sessions WHERE session_id = 's1';
+         INSERT INTO claude_sessions SELECT * FROM kept",
+    )
+    .unwrap();
+    assert_eq!(heartbeats(&mut c, "s1"), (in_table, in_table));
+    server.discard().unwrap();
+}
+
 #[test]
 fn what_is_rolled_back_or_set_right_costs_no_heartbeat() {
     let (server, mut c) = boarded("board-rollback", &[]);

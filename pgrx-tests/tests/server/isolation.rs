@@ -162,6 +162,29 @@ fn a_write_by_hand_that_loses_a_race_is_a_serialization_failure_too() {
 }
 
 #[test]
+fn a_stop_sign_that_saw_no_claim_and_a_claim_that_saw_no_stop_sign_are_a_serialization_failure() {
+    let (db, mut claims) = coordinated();
+    let mut stops = db.connect();
+    for client in [&mut claims, &mut stops] {
+        client
+            .batch_execute("BEGIN ISOLATION LEVEL SERIALIZABLE; SELECT 1 FROM claude_sessions")
+            .unwrap();
+    }
+    // Finds the table of stop signs empty, as it has been since it was made; nothing else of what it reads
+    // is written by the other.
+    granted(&mut claims, "SD-1", "s1");
+    let stopped = stops.batch_execute(
+        "INSERT INTO sd_holds (sd_id, reason, held_by) VALUES ('SD-1', 'wait', current_user);
+         COMMIT",
+    );
+    let failed = match (stopped, claims.batch_execute("COMMIT")) {
+        (Err(failed), Ok(())) | (Ok(()), Err(failed)) => failed,
+        both => panic!("{both:?}"),
+    };
+    assert_eq!(sqlstate(&failed), "40001");
+}
+
+#[test]
 fn claims_of_a_pair_that_is_just_being_declared_are_a_serialization_failure() {
     let (db, mut first) = coordinated();
     let mut second = db.connect();

@@ -5,7 +5,6 @@ mod write;
 
 use chrono::{DateTime, Utc};
 use pg_claims_core::session::SessionState;
-use pgrx::JsonB;
 use pgrx::datum::Interval;
 use pgrx::pg_sys::BuiltinOid::{BOOLOID, INT4OID, INTERVALOID, JSONBOID, OIDOID, TEXTOID};
 use pgrx::spi::SpiTupleTable;
@@ -19,6 +18,7 @@ use super::table::{Key, Name, Snapshot, Table, Wait};
 use super::time;
 use crate::error::Result;
 use crate::identity::Role;
+use crate::jsonb::Jsonb;
 
 pub use row::Session;
 pub use write::{Held, change, hold};
@@ -54,7 +54,7 @@ pub struct Registration<'a> {
     pub tty: Option<&'a str>,
     pub pid: Option<i32>,
     pub codebase: Option<&'a str>,
-    pub metadata: JsonB,
+    pub metadata: Jsonb,
     /// A lease of its own; zero gives it up for the usual one.
     pub stale_after: Option<Interval>,
 }
@@ -93,7 +93,7 @@ const STATE: &str =
                      s.metadata, s.heartbeat_at, s.created_at,
                      EXTRACT(EPOCH FROM s.stale_after)::float8";
 
-fn read_state(row: &SpiTupleTable<'_>) -> Result<SessionState> {
+fn read_state(row: &SpiTupleTable<'_>) -> Result<SessionState<Jsonb>> {
     Ok(SessionState {
         success: true,
         session_id: row.required_text(1, "claude_sessions.session_id")?,
@@ -104,7 +104,7 @@ fn read_state(row: &SpiTupleTable<'_>) -> Result<SessionState> {
         tty: row.text(6)?,
         pid: row.get(7)?,
         codebase: row.text(8)?,
-        metadata: required(row.get::<JsonB>(9)?, "claude_sessions.metadata")?.0,
+        metadata: required(row.get(9)?, "claude_sessions.metadata")?,
         heartbeat_at: row.required_instant(10, "claude_sessions.heartbeat_at")?,
         created_at: row.required_instant(11, "claude_sessions.created_at")?,
         stale_after_seconds: row.get(12)?,
@@ -120,7 +120,7 @@ pub fn register(
     session: Registration<'_>,
     owner_role: Role,
     privileged: bool,
-) -> Result<Option<SessionState>> {
+) -> Result<Option<SessionState<Jsonb>>> {
     db.first_row(
         &REGISTER,
         &[
@@ -165,7 +165,7 @@ pub fn end(
     claim_id: Option<i64>,
     reason: &str,
     unasked: bool,
-) -> Result<Option<SessionState>> {
+) -> Result<Option<SessionState<Jsonb>>> {
     if let Some(claim_id) = claim_id {
         guard::exclude(db, claim_id)?;
     }
@@ -185,7 +185,7 @@ static STATE_OF: Statement = Statement::new(
 );
 
 /// The session as it is.
-pub fn state(db: &Db<'_>, session_id: &str) -> Result<Option<SessionState>> {
+pub fn state(db: &Db<'_>, session_id: &str) -> Result<Option<SessionState<Jsonb>>> {
     db.first_row(&STATE_OF, &[session_id.into()])?.map(|row| read_state(&row)).transpose()
 }
 
