@@ -248,6 +248,13 @@ enum Beaten {
 
 /// Beats for one connection.
 fn beat(db: &Db<'_>, due: &Due) -> Result<Beaten> {
+    // Where the board knows the session, its heartbeat takes no write.
+    if let Some(session) = session::find(db, &due.session_id)?
+        && let Some(beat) = heartbeat::beat_on_board(&due.session_id, session.owner_role, None)
+    {
+        manager::succeeded(db, due.connection, beat.heartbeat_at)?;
+        return Ok(Beaten::Yes);
+    }
     let session_ids = [due.session_id.clone()];
     let Some((_, found)) = heartbeat::beat_many(db, &session_ids)?.pop() else {
         return Ok(Beaten::PutOff);

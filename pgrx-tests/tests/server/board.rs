@@ -330,6 +330,29 @@ fn the_heartbeat_that_brings_a_session_onto_the_board_is_not_written_twice() {
 }
 
 #[test]
+fn the_server_s_own_heartbeats_do_not_write_the_session() {
+    let (server, mut c) = served("board-connection", &[PRELOAD]);
+    granted(&mut c, "SD-1", "s1");
+    json(&mut c, "SELECT start_heartbeat('s1')", &[]);
+    let beaten_again = |c: &mut Client| {
+        let (_, before) = heartbeats(c, "s1");
+        wait_until("the server's next heartbeat", || heartbeats(c, "s1").1 > before);
+    };
+    // The first one may have gone to the table.
+    beaten_again(&mut c);
+    beaten_again(&mut c);
+    let (in_table, _) = heartbeats(&mut c, "s1");
+    let before = places(&mut c);
+    beaten_again(&mut c);
+    assert_eq!(places(&mut c), before);
+    assert_eq!(heartbeats(&mut c, "s1").0, in_table);
+    let noted = "SELECT EXTRACT(EPOCH FROM last_success_at)::float8 FROM heartbeat_connections";
+    let noted: f64 = c.query_one(noted, &[]).unwrap().get(0);
+    assert!(noted > in_table, "the heartbeat on the board is not noted for the connection");
+    server.discard().unwrap();
+}
+
+#[test]
 fn without_a_worker_cleaning_up_writes_all_of_the_board_once_and_clears_it() {
     let (server, mut c) = boarded("board-cron", &["pg_claims.stale_after = 1s"]);
     c.batch_execute("SELECT register_session('many-' || n) FROM generate_series(1, 1500) n")

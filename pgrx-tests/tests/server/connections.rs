@@ -110,7 +110,9 @@ fn a_connection_of_an_earlier_run_of_the_server_does_not_keep_a_claim() {
 
 #[test]
 fn failures_of_the_server_s_heartbeat_are_counted_and_end_it() {
-    let (server, mut c) = served("failures", &["pg_claims.max_heartbeat_failures = 3"]);
+    // In the table, where a trigger can make them fail.
+    let settings = ["pg_claims.max_heartbeat_failures = 3", "pg_claims.max_sessions = 0"];
+    let (server, mut c) = served("failures", &settings);
     let mut own = connect(&server, "postgres");
     let started = json(&mut own, "SELECT start_heartbeat('s1')", &[]);
     assert_eq!(

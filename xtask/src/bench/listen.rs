@@ -3,14 +3,14 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Result, anyhow};
 use pg_claims_tests::Server;
 use postgres::Client;
 use postgres::fallible_iterator::FallibleIterator as _;
 
-use super::connect;
+use super::{connect, wait_until};
 
 /// Connections that listen.
 pub struct Listening {
@@ -93,13 +93,4 @@ pub fn set_notify(client: &mut Client, database: &str, value: &str) -> Result<()
     let workers = "SELECT count(*) FROM pg_stat_activity
                     WHERE datname = current_database() AND backend_type = 'pg_claims worker'";
     wait_until("the worker to end", || Ok(client.query_one(workers, &[])?.get::<_, i64>(0) == 0))
-}
-
-fn wait_until(what: &str, mut is_so: impl FnMut() -> Result<bool>) -> Result<()> {
-    let end = Instant::now() + Duration::from_secs(120);
-    while !is_so()? {
-        ensure!(Instant::now() < end, "waited in vain for {what}");
-        thread::sleep(Duration::from_millis(300));
-    }
-    Ok(())
 }

@@ -3,13 +3,13 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Result, anyhow, ensure};
 use pg_claims_tests::Server;
 use postgres::Client;
 
-use super::connect;
+use super::{connect, cpu, wait_until};
 
 /// How often a session beats.
 const INTERVAL: Duration = Duration::from_secs(30);
@@ -32,13 +32,21 @@ impl fmt::Display for Seen {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{:.0} beats a second, the oldest {:.1} s old, {:.0} % of a core, claims' p99 {:.1} ms",
+            "{:.0} beats a second, the oldest {:.1} s old, the server takes {:.1} % of a core, claims' p99 {:.1} ms",
             self.beats as f64 / self.seconds,
             self.oldest,
             self.cpu,
             self.p99.as_secs_f64() * 1000.0
         )
     }
+}
+
+/// Has every session beat once.
+pub fn beat_all(client: &mut Client) -> Result<()> {
+    let beat = "SELECT (heartbeat_sessions(array_agg(session_id))->>'success')::boolean FROM claude_sessions";
+    let success: bool = client.query_one(beat, &[])?.get(0);
+    ensure!(success, "not all heartbeats were recorded");
+    Ok(())
 }
 
 /// Has `fleet` sessions beat every 30 seconds, in groups of `group`, while others claim.
@@ -50,10 +58,11 @@ pub fn fleet(
     seconds: u64,
 ) -> Result<Seen> {
     let mut client = connect(server, database)?;
-    client
-        .batch_execute("SELECT heartbeat_sessions(array_agg(session_id)) FROM claude_sessions")?;
     let before = size(&mut client)?;
-    let cpu_before = cpu(&mut client)?;
+    let refused_before = refused(&mut client)?;
+    // From here on all have a place on the board, as sessions have that live for longer than this run.
+    beat_all(&mut client)?;
+    let cpu_before = cpu::of_server(server)?;
     let begin = Instant::now();
     let end = begin + Duration::from_secs(seconds);
     let beats = AtomicU64::new(0);
@@ -71,15 +80,40 @@ pub fn fleet(
         Ok(latencies)
     })?;
     let elapsed = begin.elapsed().as_secs_f64();
+    let over = SystemTime::now();
+    wait_until_alone(&mut client)?;
+    let cpu = cpu::of_server(server)? - cpu_before;
+    ensure!(refused(&mut client)? == refused_before, "heartbeats found no room on the board");
     latencies.sort();
-    let oldest = "SELECT EXTRACT(EPOCH FROM max(clock_timestamp() - latest_heartbeat(tableoid, session_id, heartbeat_at)))::float8 FROM claude_sessions";
     Ok(Seen {
         beats: beats.into_inner(),
         seconds: elapsed,
-        oldest: client.query_one(oldest, &[])?.get(0),
-        cpu: (cpu(&mut client)? - cpu_before) / elapsed * 100.0,
+        oldest: oldest(&mut client, over)?,
+        cpu: cpu / elapsed * 100.0,
         p99: latencies.get(latencies.len() * 99 / 100).copied().unwrap_or_default(),
         sizes: [size(&mut client)?, before],
+    })
+}
+
+/// How old the oldest last heartbeat was at that time, in seconds.
+fn oldest(client: &mut Client, at: SystemTime) -> Result<f64> {
+    let age = "SELECT EXTRACT(EPOCH FROM max($1::timestamptz - latest_heartbeat(tableoid, session_id, heartbeat_at)))::float8
+                 FROM claude_sessions";
+    Ok(client.query_one(age, &[&at])?.get(0))
+}
+
+/// How many heartbeats have found no room on the board, and went to the table.
+fn refused(client: &mut Client) -> Result<i64> {
+    Ok(client.query_one("SELECT refused FROM heartbeat_board()", &[])?.get(0))
+}
+
+/// Waits until the connections of the load are gone.
+fn wait_until_alone(client: &mut Client) -> Result<()> {
+    let others = "SELECT count(*) FROM pg_stat_activity
+                   WHERE datname = current_database() AND backend_type = 'client backend'
+                         AND pid <> pg_backend_pid()";
+    wait_until("the load's connections to end", || {
+        Ok(client.query_one(others, &[])?.get::<_, i64>(0) == 0)
     })
 }
 
@@ -140,24 +174,6 @@ fn size(client: &mut Client) -> Result<f64> {
     let bytes: i64 =
         client.query_one("SELECT pg_total_relation_size('claude_sessions')", &[])?.get(0);
     Ok(bytes as f64 / 1e6)
-}
-
-/// Seconds of processor time of all processes of the server that are there.
-fn cpu(client: &mut Client) -> Result<f64> {
-    let pids = client.query("SELECT pid FROM pg_stat_activity", &[])?;
-    let mut ticks = 0;
-    for row in pids {
-        let pid: i32 = row.get(0);
-        // A process that has just ended has no file any more.
-        let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
-        let fields: Vec<&str> =
-            stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-        for field in fields.get(11..13).unwrap_or_default() {
-            ticks += field.parse::<u64>()?;
-        }
-    }
-    // Ticks are hundredths of a second on every Linux that matters.
-    Ok(ticks as f64 / 100.0)
 }
 
 /// Makes every session hold its SD, and be stale, in both schemas.

@@ -1,20 +1,26 @@
 //! `cargo xtask bench`: what the extension costs, compared with what it cannot do without.
 //!
-//! Every comparison runs both sides on one server, in turns, and takes the median of each side. A goal
-//! that is missed is told as missed.
+//! Both sides of a comparison run on one server, most of them in turns; [`method`] tells how each is
+//! measured. A goal that is missed is told as missed.
 
+mod chart;
 mod compare;
+mod cpu;
 mod listen;
 mod load;
+mod method;
 mod pgbench;
+mod plan;
 mod report;
 mod scripts;
+mod work;
 
 use std::fs;
 use std::path::Path;
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use pg_claims_tests::{Server, ServerUser};
 use postgres::{Client, NoTls};
 
@@ -71,7 +77,8 @@ const QUICK: Sizes = Sizes {
 const SETTINGS: [&str; 10] = [
     "shared_preload_libraries = 'pg_claims'",
     "pg_claims.restart_grace = off",
-    "pg_claims.max_sessions = 200000",
+    // Twice as many as beat in any comparison and more: a database that is dropped keeps its places for a while.
+    "pg_claims.max_sessions = 400000",
     "shared_buffers = 2GB",
     "max_wal_size = 8GB",
     "checkpoint_timeout = 1h",
@@ -80,6 +87,9 @@ const SETTINGS: [&str; 10] = [
     "jit = off",
     "log_statement = 'none'",
 ];
+
+/// What differs on the other server.
+const SETTINGS_WITHOUT_BOARD: [&str; 1] = ["pg_claims.max_sessions = 0"];
 
 const ASYNCHRONOUS: &str = "-c synchronous_commit=off";
 const DURABLE: &str = "-c synchronous_commit=on";
@@ -113,8 +123,8 @@ pub fn run(layout: &Layout, choice: &Choice, options: &Options) -> Result<()> {
     Server::remove_leftovers(&installation, &work_dir)?;
     ServerUser::create_shared_dir(&work_dir)?;
     progress::step("starting throw-away servers");
-    let mut without_board: Vec<&str> = SETTINGS.to_vec();
-    without_board.push("pg_claims.max_sessions = 0");
+    // The later of two lines counts.
+    let without_board = [&SETTINGS[..], &SETTINGS_WITHOUT_BOARD].concat();
     let folder = work_dir.join("scripts");
     ServerUser::create_shared_dir(&folder)?;
     let mut bench = Bench {
@@ -146,6 +156,8 @@ pub fn run(layout: &Layout, choice: &Choice, options: &Options) -> Result<()> {
         if options.only.is_empty() || options.only.contains(&number) {
             progress::step(format_args!("comparison {number}"));
             compare(&mut bench)?;
+            drop_databases(&bench.server)?;
+            drop_databases(&bench.table_server)?;
             interrupt::check()?;
         }
     }
@@ -168,7 +180,7 @@ impl Bench {
         what: &str,
         measured: [&Measured; 2],
         unit: &str,
-        theirs: &str,
+        against: &str,
         goal: Goal,
     ) {
         let told = |rate: f64| {
@@ -178,12 +190,13 @@ impl Bench {
             number,
             what: what.into(),
             ours: told(measured[0].median()),
-            theirs: format!("{theirs}: {}", told(measured[1].median())),
+            against: against.into(),
+            theirs: told(measured[1].median()),
             ratios: measured[0].ratio_to(measured[1]),
             goal,
         };
         progress::note(format_args!(
-            "{what}: {}, {} (ratio {:.2}, goal {goal})",
+            "{what}: {}, {against}: {} (ratio {:.2}, goal {goal})",
             finding.ours,
             finding.theirs,
             finding.ratio()
@@ -198,36 +211,27 @@ impl Bench {
         what: &str,
         values: [f64; 2],
         unit: &str,
-        theirs: &str,
+        against: &str,
         goal: Goal,
     ) {
         let [ours, other] = values.map(Measured::once);
-        self.find(number, what, [&ours, &other], unit, theirs, goal);
+        self.find(number, what, [&ours, &other], unit, against, goal);
     }
 
     fn write(&self, folder: &Path, table: &str, minutes: u64) -> Result<()> {
         let mut client = connect(&self.server, "postgres")?;
-        let version: String = client.query_one("SELECT version()", &[])?.get(0);
+        let versions = client.query_one(
+            "SELECT version(), default_version FROM pg_available_extensions WHERE name = 'pg_claims'",
+            &[],
+        )?;
+        let (server, extension): (String, String) = (versions.get(0), versions.get(1));
         fs::create_dir_all(folder)?;
-        fs::write(folder.join("benchmarks.svg"), report::chart(&self.findings))?;
+        fs::write(folder.join("benchmarks.svg"), chart::chart(&self.findings))?;
         let text = format!(
             "# Benchmarks\n\nWritten by `cargo xtask bench`, which took {minutes} minutes. Trust the ratios: both sides of each ran on\n\
-             one server, in turns of {seconds} s, {rounds} each. The numbers are medians; a ratio is that of\nthe two turns of one round, and its range is told as well.\n\n{table}\n\
-             ![How each ratio stands to its goal](benchmarks.svg)\n\n## How\n\n\
-             - Machine: {machine}.\n- Server: {version}, {settings}.\n\
-             - Claims: {CLIENTS} clients, asynchronous commit; heartbeats: {BEATING} clients; pgbench with prepared statements.\n\
-             - {sessions} sessions and as many SDs, unless said otherwise.\n\
-             - The bare writes are the rows that a claim and a release write, as two statements with data-modifying\n  \
-               CTEs on tables of the same columns and indexes, without any check. The PL/pgSQL is in\n  `xtask/src/bench/floor.sql`:\n  \
-               with few checks it looks for the session, the SD and its owner; with the same checks also for whose\n  \
-               the session is, stop signs and conflicts, and it takes over from stale owners.\n\
-             - Rows without a goal show what can be reached.\n\
-             - The no-op is `octet_length()` of the same argument.\n",
-            seconds = self.plan.seconds,
-            rounds = self.plan.rounds,
-            machine = load::machine(),
-            settings = SETTINGS.join(", "),
-            sessions = self.sizes.sessions,
+             one server. How each was measured is told below.\n\n{table}\n\
+             ![How each ratio stands to its goal](benchmarks.svg)\n\n## How\n\n{method}",
+            method = method::text(self.sizes, &self.plan, &server, &extension),
         );
         fs::write(folder.join("benchmarks.md"), text)?;
         println!("Written: benchmarks.md and benchmarks.svg in {}", folder.display());
@@ -239,21 +243,48 @@ fn connect(server: &Server, database: &str) -> Result<Client> {
     server.config(database).connect(NoTls).context("could not connect")
 }
 
-fn explain(client: &mut Client, sql: &str) -> Result<serde_json::Value> {
-    Ok(client.query_one(sql, &[])?.get(0))
+/// Removes what a comparison has made: else, while the next one is measured, workers would go on looking
+/// for stale sessions there, and autovacuum cleaning up.
+fn drop_databases(server: &Server) -> Result<()> {
+    let mut admin = connect(server, "postgres")?;
+    let ours =
+        "SELECT datname::text FROM pg_database WHERE NOT datistemplate AND datname <> 'postgres'";
+    for row in admin.query(ours, &[])? {
+        let name: String = row.get(0);
+        admin.batch_execute(&format!("DROP DATABASE {name} WITH (FORCE)"))?;
+    }
+    Ok(())
 }
 
-/// A database of that name with so many sessions and SDs, of which the last `held` hold each other; and
+/// Removes what earlier work has left behind, and writes everything to disk, so that whoever comes next
+/// pays for neither.
+fn vacuum(client: &mut Client) -> Result<()> {
+    client.batch_execute("VACUUM (ANALYZE)")?;
+    client.batch_execute("CHECKPOINT")?;
+    Ok(())
+}
+
+fn wait_until(what: &str, mut is_so: impl FnMut() -> Result<bool>) -> Result<()> {
+    let end = Instant::now() + Duration::from_secs(120);
+    while !is_so()? {
+        ensure!(Instant::now() < end, "waited in vain for {what}");
+        thread::sleep(Duration::from_millis(300));
+    }
+    Ok(())
+}
+
+/// A new database of that name with so many sessions and SDs, of which the last `held` hold each other; and
 /// the same in the tables that are compared with.
 fn filled<'a>(server: &Server, name: &'a str, count: usize, held: usize) -> Result<&'a str> {
     let mut admin = connect(server, "postgres")?;
-    if admin.query_opt("SELECT FROM pg_database WHERE datname = $1", &[&name])?.is_some() {
-        if name != "fleet" {
-            return Ok(name);
-        }
-        admin.batch_execute("DROP DATABASE fleet WITH (FORCE)")?;
-    }
+    admin.batch_execute(&format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)"))?;
     admin.batch_execute(&format!("CREATE DATABASE {name}"))?;
+    // Whoever holds an SD must live until the end, without beating. Set ahead of the extension, as a worker
+    // that is there already would not hear of it. All others have the default lease, after half of
+    // which the board is written to the table.
+    if held > 0 {
+        admin.batch_execute(&format!("ALTER DATABASE {name} SET pg_claims.stale_after = '1d'"))?;
+    }
     let mut client = connect(server, name)?;
     client.batch_execute("CREATE EXTENSION pg_claims")?;
     client.batch_execute(include_str!("floor.sql"))?;
@@ -277,9 +308,6 @@ fn filled<'a>(server: &Server, name: &'a str, count: usize, held: usize) -> Resu
          INSERT INTO peer.strategic_directives_v2 SELECT * FROM strategic_directives_v2;
          RESET session_replication_role"
     ))?;
-    // Whoever holds an SD must live until the end, without beating.
-    client.batch_execute(&format!("ALTER DATABASE {name} SET pg_claims.stale_after = '1d'"))?;
-    client.batch_execute("VACUUM ANALYZE")?;
-    client.batch_execute("CHECKPOINT")?;
+    vacuum(&mut client)?;
     Ok(name)
 }

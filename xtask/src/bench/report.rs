@@ -1,4 +1,4 @@
-//! What was measured, for a terminal, as Markdown and as a chart.
+//! What was measured, for a terminal and as Markdown.
 
 /// What one side measured, round by round.
 #[derive(Debug, Clone, Default)]
@@ -44,6 +44,8 @@ pub struct Finding {
     /// What the extension does, with its unit.
     pub ours: String,
     /// What it is compared with.
+    pub against: String,
+    /// What that does, with its unit.
     pub theirs: String,
     /// The one divided by the other, round by round.
     pub ratios: Measured,
@@ -114,7 +116,7 @@ pub fn table(findings: &[Finding]) -> String {
             finding.number.to_string(),
             finding.what.clone(),
             finding.ours.clone(),
-            finding.theirs.clone(),
+            format!("{}: {}", finding.against, finding.theirs),
             format!("{:.2}", finding.ratio()),
             finding.spread(),
             finding.goal.to_string(),
@@ -139,45 +141,68 @@ pub fn table(findings: &[Finding]) -> String {
     text
 }
 
-/// How each ratio stands to its goal, as an SVG: the line is the goal.
-pub fn chart(findings: &[Finding]) -> String {
-    const ROW: usize = 26;
-    const LEFT: usize = 430;
-    const GOAL: usize = 200;
-    const WIDTH: usize = LEFT + 2 * GOAL + 90;
-    let compared: Vec<(&Finding, f64, f64)> = findings
-        .iter()
-        .filter_map(|finding| match finding.goal {
-            Goal::AtLeast(least) => Some((finding, finding.ratio() / least, least)),
-            Goal::AtMost(most) => Some((finding, most / finding.ratio(), most)),
-            Goal::None => None,
-        })
-        .collect();
-    let height = (compared.len() + 2) * ROW;
-    let mut svg = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" font-family=\"sans-serif\" font-size=\"13\">\n\
-         <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n\
-         <text x=\"10\" y=\"18\" font-weight=\"bold\">How each ratio stands to its goal (the line; to the right is better)</text>\n"
-    );
-    for (row, (finding, share, goal)) in compared.into_iter().enumerate() {
-        let y = (row + 1) * ROW;
-        let length = (share.min(2.0) * GOAL as f64) as usize;
-        let color = if share >= 1.0 { "#2e7d32" } else { "#c62828" };
-        let what = finding.what.replace('&', "&amp;").replace('<', "&lt;");
-        svg.push_str(&format!(
-            "<text x=\"10\" y=\"{}\">{}. {what}</text><rect x=\"{LEFT}\" y=\"{}\" width=\"{length}\" height=\"16\" fill=\"{color}\"/><text x=\"{}\" y=\"{}\">{:.2} (goal {goal})</text>\n",
-            y + 13,
-            finding.number,
-            y,
-            LEFT + length + 6,
-            y + 13,
-            finding.ratio(),
-        ));
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn measured(values: &[f64]) -> Measured {
+        let mut measured = Measured::default();
+        values.iter().for_each(|value| measured.add(*value));
+        measured
     }
-    svg.push_str(&format!(
-            "<line x1=\"{0}\" y1=\"{ROW}\" x2=\"{0}\" y2=\"{1}\" stroke=\"black\" stroke-dasharray=\"4\"/>\n</svg>\n",
-        LEFT + GOAL,
-        height - ROW + 4,
-    ));
-    svg
+
+    fn finding(ratios: &[f64], goal: Goal) -> Finding {
+        Finding {
+            number: 1,
+            what: "heartbeat".into(),
+            ours: "2 /s".into(),
+            against: "no-op".into(),
+            theirs: "1 /s".into(),
+            ratios: measured(ratios),
+            goal,
+        }
+    }
+
+    #[test]
+    fn a_ratio_is_the_median_of_the_rounds_not_the_ratio_of_the_medians() {
+        let ratios = measured(&[10.0, 1.0, 4.0]).ratio_to(&measured(&[20.0, 4.0, 1.0]));
+        assert_eq!(ratios.median(), 0.5);
+        assert_eq!(ratios.range(), Some((0.25, 4.0)));
+    }
+
+    #[test]
+    fn what_was_measured_once_has_no_range() {
+        assert_eq!(finding(&[1.0], Goal::None).spread(), "");
+        assert_eq!(finding(&[2.0, 1.0], Goal::None).spread(), "1.00 to 2.00");
+    }
+
+    #[test]
+    fn a_goal_is_met_up_to_its_very_value() {
+        assert_eq!(finding(&[0.85], Goal::AtLeast(0.85)).verdict(), "met");
+        assert_eq!(finding(&[0.84], Goal::AtLeast(0.85)).verdict(), "**missed**");
+        assert_eq!(finding(&[3.0], Goal::AtMost(3.0)).verdict(), "met");
+        assert_eq!(finding(&[3.01], Goal::AtMost(3.0)).verdict(), "**missed**");
+    }
+
+    #[test]
+    fn a_single_round_neither_meets_nor_misses_a_goal() {
+        assert_eq!(finding(&[0.1, 0.9, 1.0], Goal::AtLeast(0.85)).verdict(), "met");
+        assert_eq!(finding(&[0.1, 0.2, 1.0], Goal::AtLeast(0.85)).verdict(), "**missed**");
+    }
+
+    #[test]
+    fn without_a_goal_there_is_no_verdict() {
+        assert_eq!(finding(&[0.0], Goal::None).verdict(), "");
+    }
+
+    #[test]
+    fn the_table_tells_both_sides_and_the_verdict() {
+        let table = table(&[finding(&[2.0], Goal::AtLeast(3.0))]);
+        let row = table.lines().last().unwrap_or_default();
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        assert_eq!(
+            cells,
+            ["", "1", "heartbeat", "2 /s", "no-op: 1 /s", "2.00", "", "≥ 3", "**missed**", ""]
+        );
+    }
 }
