@@ -109,6 +109,19 @@ impl<'a> Place<'a> {
         });
     }
 
+    /// Forgets the session, which has been found to be over and to have had the heartbeat `at`. Should it
+    /// have come back and beaten meanwhile, the table answers its next heartbeat instead.
+    pub fn remove_if_over(self, at: i64) {
+        count_closed();
+        let key = self.key();
+        let Some(board) = Board::get() else { return };
+        board.exclusive(&key, |shelf, hash| match shelf.find(&key, hash) {
+            Some(entry) if entry.is_closed() && entry.beat_at() <= at => shelf.remove(&key, hash),
+            Some(entry) => entry.close(),
+            None => {}
+        });
+    }
+
     /// Forgets the session.
     pub fn remove(self) {
         count_closed();

@@ -174,8 +174,8 @@ impl Entry {
         Some((at, Held { owner, claim }))
     }
 
-    /// Opens the entry with what the table says, and records a heartbeat that is being written there. False if
-    /// that is too long to be kept.
+    /// Opens the entry with what the table says, and records a heartbeat. False if that is too long to be
+    /// kept.
     pub fn open(&self, held: &Held, at: i64) -> bool {
         let (sd_id, claim_id) =
             held.claim.as_ref().map_or(("", 0), |(sd_id, claim_id)| (sd_id.as_str(), *claim_id));
@@ -187,9 +187,6 @@ impl Entry {
         self.claim_id.store(claim_id, ORDER);
         self.owner.store(held.owner, ORDER);
         self.beat_at.fetch_max(at, ORDER);
-        // But it may be rolled back, while one that was sent was sent: so not quite as far, and once the entry
-        // is closed again it is written for certain.
-        self.set_written(at - 1);
         self.state.store(OPEN, ORDER);
         true
     }
@@ -368,8 +365,7 @@ mod tests {
         assert_eq!(entry.beat(10, Some(4), 90), Some((100, held)));
         assert_eq!(entry.beat(10, Some(5), 110), None, "another claim was named");
         assert_eq!(entry.beat(11, None, 110), None, "another role");
-        assert_eq!(entry.beat_at(), 100);
-        assert_eq!(entry.written_at(), 49, "the transaction that wrote 50 may yet be rolled back");
+        assert_eq!((entry.beat_at(), entry.written_at()), (100, i64::MIN));
         entry.close();
         assert_eq!(entry.beat(10, None, 120), None);
         assert_eq!(entry.beat_at(), 100, "closing keeps the last heartbeat");

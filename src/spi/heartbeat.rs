@@ -150,8 +150,10 @@ impl Undisturbed {
 /// told so by the table.
 fn open_on_board(table: pg_sys::Oid, beat: &Beat, owner_role: Role) {
     let held = Held { owner: owner_role.0.to_u32(), claim: beat.sd_id.clone().zip(beat.claim_id) };
-    let place = Place::of(table, &beat.session_id);
-    place.open(&held, time::to_microseconds(beat.heartbeat_at));
+    let at = time::to_microseconds(beat.heartbeat_at);
+    Place::of(table, &beat.session_id).open(&held, at);
+    let session_id = beat.session_id.clone();
+    board::at_commit(move || Place::of(table, &session_id).written(at));
 }
 
 /// Records a sign of life on the board, without any statement. `None` where only the table can tell: the
@@ -285,7 +287,8 @@ const WRITE_BATCH: usize = 1000;
 pub struct Written {
     table: Option<pg_sys::Oid>,
     written: Vec<(String, i64)>,
-    gone: Vec<String>,
+    /// Sessions that are over, as far as a snapshot of now tells.
+    gone: Vec<(String, i64)>,
 }
 
 impl Written {
@@ -295,8 +298,8 @@ impl Written {
         for (session_id, at) in &self.written {
             Place::of(table, session_id).written(*at);
         }
-        for session_id in &self.gone {
-            Place::of(table, session_id).remove();
+        for (session_id, at) in &self.gone {
+            Place::of(table, session_id).remove_if_over(*at);
         }
         !self.written.is_empty() || !self.gone.is_empty()
     }
@@ -346,7 +349,10 @@ pub fn write(db: &Db<'_>, unwritten: Vec<(String, i64)>) -> Result<Written> {
     for (session_id, at) in unwritten {
         match outcome.get(&session_id) {
             Some((true, _)) => done.written.push((session_id, at)),
-            Some((false, true)) => done.gone.push(session_id),
+            // A snapshot that the transaction keeps may not show a session that has come since.
+            Some((false, true)) if !time::has_transaction_snapshot() => {
+                done.gone.push((session_id, at));
+            }
             _ => {}
         }
     }

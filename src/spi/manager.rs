@@ -146,13 +146,18 @@ pub struct Due {
 /// heartbeat that it found a moment too early would have to wait for the next.
 const DUE_AT: f64 = 0.9;
 
+/// Whether the connection `c` is there. The server's own list decides, not a time-out.
+const IS_THERE: &str = "EXISTS (SELECT FROM pg_catalog.pg_stat_activity a
+                                 WHERE a.pid = c.backend_pid
+                                   AND a.backend_start = c.backend_start)";
+
 static DUE: Statement = Statement::new(
     |c| {
         format!(
             "SELECT c.backend_pid, c.backend_start, c.session_id
                FROM {x}.heartbeat_connections c
                LEFT JOIN {x}.claude_sessions s ON s.session_id = c.session_id
-              WHERE c.given_up_at IS NULL
+              WHERE c.given_up_at IS NULL AND {IS_THERE}
                 AND (c.last_attempt_at IS NULL
                      OR c.last_attempt_at
                         <= pg_catalog.clock_timestamp()
@@ -235,14 +240,20 @@ fn read_connections(mut rows: SpiTupleTable<'_>) -> Result<Vec<Due>> {
     Ok(found)
 }
 
+// Whoever has the row is noting a heartbeat, too, and may take his time.
 static SUCCEEDED: Statement = Statement::new(
     |c| {
         format!(
-            "UPDATE {}.heartbeat_connections
-                SET last_attempt_at = $3, last_success_at = $3, consecutive_failures = 0,
-                    last_error = NULL
-              WHERE backend_pid = $1 AND backend_start = $2",
-            c.schema
+            "WITH free AS MATERIALIZED (
+                 SELECT backend_pid, backend_start FROM {x}.heartbeat_connections
+                  WHERE backend_pid = $1 AND backend_start = $2
+                    FOR NO KEY UPDATE SKIP LOCKED)
+             UPDATE {x}.heartbeat_connections c
+                SET last_attempt_at = pg_catalog.clock_timestamp(), last_success_at = $3,
+                    consecutive_failures = 0, last_error = NULL
+               FROM free
+              WHERE c.backend_pid = free.backend_pid AND c.backend_start = free.backend_start",
+            x = c.schema
         )
     },
     &[INT4OID, TIMESTAMPTZOID, TIMESTAMPTZOID],
@@ -286,15 +297,12 @@ pub fn failed(db: &Db<'_>, connection: Connection, error: &str) -> Result<()> {
     Ok(())
 }
 
-// The server's own list decides, not a time-out.
 static ENDED: Statement = Statement::new(
     |c| {
         format!(
             "SELECT c.backend_pid, c.backend_start, c.session_id
                FROM {}.heartbeat_connections c
-              WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_stat_activity a
-                                 WHERE a.pid = c.backend_pid
-                                   AND a.backend_start = c.backend_start)",
+              WHERE NOT {IS_THERE}",
             c.schema
         )
     },

@@ -4,7 +4,7 @@ use pgrx::PgSqlErrorCode;
 use pgrx::prelude::*;
 
 use super::{Row, is_restoring, run, session_rows};
-use crate::board::Place;
+use crate::board::{self, Place};
 use crate::error::ClaimError;
 use crate::spi::{Db, claim, session, time};
 
@@ -13,8 +13,11 @@ pub fn record_claim_history<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
     run(|| {
         let (old, new) = session_rows(trigger)?;
         if let (None, Some(new)) = (&old, &new) {
-            // Of one that had this id before and was deleted.
-            Place::of(trigger.relid()?, &new.session_id).remove();
+            // Of one that had this id before and was deleted. That may yet be rolled back.
+            let (table, session_id) = (trigger.relid()?, new.session_id.clone());
+            if let Some(before) = Place::of(table, &session_id).latest() {
+                board::at_commit(move || Place::of(table, &session_id).remove_if_over(before));
+            }
         }
         Db::connect(|db| match (&old, &new) {
             (None, Some(_)) if is_restoring() => Ok(()),

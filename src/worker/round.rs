@@ -250,6 +250,7 @@ enum Beaten {
 fn beat(db: &Db<'_>, due: &Due) -> Result<Beaten> {
     // Where the board knows the session, its heartbeat takes no write.
     if let Some(session) = session::find(db, &due.session_id)?
+        && !session.is_released()
         && let Some(beat) = heartbeat::beat_on_board(&due.session_id, session.owner_role, None)
     {
         manager::succeeded(db, due.connection, beat.heartbeat_at)?;

@@ -353,6 +353,22 @@ fn the_server_s_own_heartbeats_do_not_write_the_session() {
 }
 
 #[test]
+fn a_connection_that_keeps_the_note_of_its_heartbeats_locked_holds_nobody_up() {
+    let (server, mut c) = served("board-held", &[PRELOAD]);
+    let mut own = connect(&server, "postgres");
+    json(&mut own, "SELECT start_heartbeat('s1')", &[]);
+    own.batch_execute("BEGIN; SELECT force_heartbeat('s1')").unwrap();
+    for _ in 0..3 {
+        let (_, before) = heartbeats(&mut c, "s1");
+        wait_until("the server's next heartbeat", || heartbeats(&mut c, "s1").1 > before);
+    }
+    let errors = "SELECT errors, last_error FROM v_worker_health";
+    let row = c.query_one(errors, &[]).unwrap();
+    assert_eq!(row.get::<_, i64>(0), 0, "{:?}", row.get::<_, Option<&str>>(1));
+    server.discard().unwrap();
+}
+
+#[test]
 fn without_a_worker_cleaning_up_writes_all_of_the_board_once_and_clears_it() {
     let (server, mut c) = boarded("board-cron", &["pg_claims.stale_after = 1s"]);
     c.batch_execute("SELECT register_session('many-' || n) FROM generate_series(1, 1500) n")
@@ -375,7 +391,9 @@ fn without_a_worker_cleaning_up_writes_all_of_the_board_once_and_clears_it() {
         c.batch_execute(undone).unwrap();
         assert_eq!(count(&mut c, behind), 1500, "{undone}");
     }
-    json(&mut c, "SELECT cleanup_stale_sessions()", &[]);
+    // As clients do that put each statement into a savepoint.
+    c.batch_execute("BEGIN; SAVEPOINT s; SELECT cleanup_stale_sessions(); RELEASE s; COMMIT")
+        .unwrap();
     assert_eq!(count(&mut c, behind), 0);
     let before = places(&mut c);
     json(&mut c, "SELECT cleanup_stale_sessions()", &[]);
@@ -421,6 +439,8 @@ fn what_is_rolled_back_or_set_right_costs_no_heartbeat() {
     assert!(counts > in_table);
     c.batch_execute(
         "BEGIN; DELETE FROM claude_sessions WHERE session_id = 's1'; ROLLBACK;
+         BEGIN; DELETE FROM claude_sessions WHERE session_id = 's1';
+         INSERT INTO claude_sessions (session_id) VALUES ('s1'); ROLLBACK;
          BEGIN; UPDATE claude_sessions SET silent_until = now() WHERE session_id = 's1';
          SELECT cleanup_stale_sessions(); ROLLBACK",
     )
@@ -434,9 +454,27 @@ fn what_is_rolled_back_or_set_right_costs_no_heartbeat() {
     for _ in 0..2 {
         beat(&mut c, "s4");
     }
+    // So that its heartbeat is to be written at once.
+    c.batch_execute("UPDATE claude_sessions SET silent_until = now() WHERE session_id = 's4'")
+        .unwrap();
     let seen = heartbeats(&mut c, "s4");
     old.batch_execute("SELECT cleanup_stale_sessions(); COMMIT").unwrap();
     assert_eq!(heartbeats(&mut c, "s4"), seen);
+    // Nor does a session that was over by then, and has come back since.
+    register(&mut c, "s5");
+    for _ in 0..2 {
+        beat(&mut c, "s5");
+    }
+    json(&mut c, "SELECT end_session('s5')", &[]);
+    old.batch_execute("BEGIN; SELECT cleanup_stale_sessions()").unwrap();
+    register(&mut c, "s5");
+    for _ in 0..2 {
+        beat(&mut c, "s5");
+    }
+    let seen = heartbeats(&mut c, "s5");
+    assert!(seen.1 > seen.0);
+    old.batch_execute("COMMIT").unwrap();
+    assert_eq!(heartbeats(&mut c, "s5"), seen);
     server.discard().unwrap();
 }
 

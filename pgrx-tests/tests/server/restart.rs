@@ -185,6 +185,44 @@ fn a_standby_shows_everything_writes_nothing_and_gives_grace_once_promoted() {
 }
 
 #[test]
+fn a_standby_sees_the_heartbeats_of_the_board_that_were_written() {
+    let settings = [
+        "shared_preload_libraries = 'pg_claims'",
+        "pg_claims.stale_after = 2s",
+        "pg_claims.reap_interval = 1s",
+        "restore_command = 'false'",
+    ];
+    let (server, mut c) = coordinated_server("standby-board", &settings);
+    let in_table = "SELECT EXTRACT(EPOCH FROM heartbeat_at)::float8 FROM claude_sessions
+                     WHERE session_id = 's1'";
+    let written = |c: &mut Client| c.query_one(in_table, &[]).unwrap().get::<_, f64>(0);
+    // The first one brings the session onto the board; from then on the worker writes them.
+    for _ in 0..2 {
+        json(&mut c, "SELECT update_session_heartbeat('s1')", &[]);
+    }
+    let before = written(&mut c);
+    wait_until("the worker to write the board", || {
+        json(&mut c, "SELECT update_session_heartbeat('s1')", &[]);
+        written(&mut c) > before
+    });
+    let before = written(&mut c);
+    c.batch_execute("CHECKPOINT").unwrap();
+    drop(c);
+    // As another machine would have it: what the shutdown has kept of the board is not there.
+    server.stop(Stop::Immediate).unwrap();
+    fs::remove_file(server.data().join("pg_stat/pg_claims.board")).ok();
+    fs::write(server.data().join("standby.signal"), "").unwrap();
+    server.start().unwrap();
+    let mut standby = connect(&server);
+    assert_eq!(count(&mut standby, "SELECT entries FROM heartbeat_board()"), 0);
+    let counts =
+        "SELECT EXTRACT(EPOCH FROM latest_heartbeat(tableoid, session_id, heartbeat_at))::float8
+                    FROM claude_sessions WHERE session_id = 's1'";
+    let counts: f64 = standby.query_one(counts, &[]).unwrap().get(0);
+    assert!(counts >= before, "{counts}, and {before} was written");
+}
+
+#[test]
 fn under_pg_upgrade_nothing_runs() {
     let (server, c) = coordinated_server("upgrade", &["shared_preload_libraries = 'pg_claims'"]);
     drop(c);

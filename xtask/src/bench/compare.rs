@@ -104,7 +104,7 @@ impl Bench {
             options: ASYNCHRONOUS,
         };
         let peer_cycle = |claim| scripts::peer_cycle(claim, sessions, CLIENTS);
-        let rates = self.plan.in_turns(&[
+        let rates = self.plan.in_vacuumed_turns(&[
             side(scripts::cycle(sessions, CLIENTS), CYCLES),
             side(scripts::floor_cycle(sessions, CLIENTS), BARE_CYCLES),
             side(peer_cycle("claim_sd_with_all_checks"), PEER_CYCLES),
@@ -175,12 +175,22 @@ impl Bench {
         let refusal = |database, count: usize| {
             side(database, scripts::refusal(count, count / 2), REFUSALS, DURABLE)
         };
-        let refusals = self.plan.in_vacuumed_turns(&[refusal(big, many), refusal(small, few)])?;
+        let select = |database, count: usize| {
+            side(database, scripts::floor_select(count, count / 2), Work::Other, DURABLE)
+        };
+        let refusals = self.plan.in_vacuumed_turns(&[
+            refusal(big, many),
+            refusal(small, few),
+            select(big, many),
+            select(small, few),
+        ])?;
         let theirs = format!("with {few}");
         let what = format!("claim and release with {many} SDs and sessions");
         self.find(5, &what, [&cycles[0], &cycles[1]], "/s", &theirs, Goal::AtLeast(0.85));
         let what = format!("refusal with {many} SDs and sessions");
         self.find(5, &what, [&refusals[0], &refusals[1]], "/s", &theirs, Goal::AtLeast(0.85));
+        let what = format!("bare SELECT by key of {many} sessions");
+        self.find(5, &what, [&refusals[2], &refusals[3]], "/s", &format!("of {few}"), Goal::None);
         Ok(())
     }
 

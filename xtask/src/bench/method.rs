@@ -18,7 +18,7 @@ pub fn text(sizes: &Sizes, plan: &pgbench::Plan, server: &str, extension: &str) 
   asynchronous; refusals: as many as heartbeats in 4 and as claims in 5; pgbench with prepared statements.
 - 1 to 5, 8 and 11 (rates): the sides run in turns of {seconds} s, {rounds} each, the other way round in
   every second round. The numbers are medians; a ratio is the median of the ratios of the two
-  turns of one round, and their range is told as well. 5 and 8 vacuum before each turn. In 5 the
+  turns of one round, and their range is told as well. 3, 5 and 8 vacuum before each turn. In 5 the
   worker looks through all held SDs every 10 s, during the turns of both sides.
 - After each turn the acquisitions are counted, here and in the tables that are compared with: each
   transaction of claim and release has made one and ended it, each refusal has made none, or the run fails.

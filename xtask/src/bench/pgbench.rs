@@ -105,8 +105,8 @@ impl Plan {
         self.measure(sides.len(), |side| sides[side].run(&self.folder, self.seconds))
     }
 
-    /// The same on large tables: they are vacuumed so seldom, and for so long, that one side would pay
-    /// for the other.
+    /// The same where turns leave much to be vacuumed: when the server gets to that by itself, one side
+    /// would pay for another.
     pub fn in_vacuumed_turns(&self, sides: &[Side<'_>]) -> Result<Vec<Measured>> {
         self.measure(sides.len(), |side| {
             sides[side].vacuum()?;
