@@ -37,6 +37,8 @@ fn cleanup_stale_sessions(
     // The worker passes by what this holds, and must look again afterwards.
     wake::at_commit();
     let reaped = Db::connect(|db| {
+        // The worker does that where there is one, whatever keeps it from being there, and locks the sessions
+        // for a shorter time.
         if wake::ensure().is_err() {
             heartbeat::write_all(db)?;
         }

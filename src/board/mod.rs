@@ -70,8 +70,9 @@ impl<'a> Place<'a> {
         board.shared(&key, |shelf, hash| shelf.find(&key, hash).map(Entry::beat_at))
     }
 
-    /// Lets the board answer the session's next heartbeats, with what the table has just said. The
-    /// session's row must be locked, and this transaction must not have changed it.
+    /// Lets the board answer the session's next heartbeats, with what the table has just said, and with the
+    /// heartbeat that this transaction is writing there. The session's row must be locked, and this
+    /// transaction must not have changed it otherwise.
     pub fn open(self, held: &Held, at: i64) {
         let key = self.key();
         let Some(board) = Board::get() else { return };
@@ -80,7 +81,10 @@ impl<'a> Place<'a> {
         });
         if !is_taken {
             board.count_refused();
+            return;
         }
+        let (table, session_id) = (self.table, self.session_id.to_owned());
+        at_commit(move || Place::of(table, &session_id).written(at));
     }
 
     /// From now on the table answers, as what the session holds is about to change. Once its row is

@@ -150,10 +150,8 @@ impl Undisturbed {
 /// told so by the table.
 fn open_on_board(table: pg_sys::Oid, beat: &Beat, owner_role: Role) {
     let held = Held { owner: owner_role.0.to_u32(), claim: beat.sd_id.clone().zip(beat.claim_id) };
-    let at = time::to_microseconds(beat.heartbeat_at);
-    Place::of(table, &beat.session_id).open(&held, at);
-    let session_id = beat.session_id.clone();
-    board::at_commit(move || Place::of(table, &session_id).written(at));
+    let place = Place::of(table, &beat.session_id);
+    place.open(&held, time::to_microseconds(beat.heartbeat_at));
 }
 
 /// Records a sign of life on the board, without any statement. `None` where only the table can tell: the
@@ -320,7 +318,7 @@ fn unwritten_up_to(db: &Db<'_>, limit: usize) -> Result<Vec<(String, i64)>> {
 pub fn write_all(db: &Db<'_>) -> Result<()> {
     let table = db.catalog()?.sessions;
     for batch in unwritten_up_to(db, usize::MAX)?.chunks(WRITE_BATCH) {
-        let written = write(db, batch.to_vec())?;
+        let written = write(db, batch)?;
         board::at_commit(|| {
             written.note();
         });
@@ -330,7 +328,7 @@ pub fn write_all(db: &Db<'_>) -> Result<()> {
 }
 
 /// Writes such heartbeats to the table.
-pub fn write(db: &Db<'_>, unwritten: Vec<(String, i64)>) -> Result<Written> {
+pub fn write(db: &Db<'_>, unwritten: &[(String, i64)]) -> Result<Written> {
     let mut done = Written { table: Some(db.catalog()?.sessions), ..Written::default() };
     if unwritten.is_empty() {
         return Ok(done);
@@ -347,11 +345,11 @@ pub fn write(db: &Db<'_>, unwritten: Vec<(String, i64)>) -> Result<Written> {
         outcome.insert(session_id, (rows.flag(2)?, rows.flag(3)?));
     }
     for (session_id, at) in unwritten {
-        match outcome.get(&session_id) {
-            Some((true, _)) => done.written.push((session_id, at)),
+        match outcome.get(session_id) {
+            Some((true, _)) => done.written.push((session_id.clone(), *at)),
             // A snapshot that the transaction keeps may not show a session that has come since.
             Some((false, true)) if !time::has_transaction_snapshot() => {
-                done.gone.push((session_id, at));
+                done.gone.push((session_id.clone(), *at));
             }
             _ => {}
         }

@@ -240,7 +240,7 @@ fn read_connections(mut rows: SpiTupleTable<'_>) -> Result<Vec<Due>> {
     Ok(found)
 }
 
-// Whoever has the row is noting a heartbeat, too, and may take his time.
+// Whoever has the row is noting a heartbeat, too, and may take its time.
 static SUCCEEDED: Statement = Statement::new(
     |c| {
         format!(

@@ -37,6 +37,15 @@ pub fn close_on_board<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
     })
 }
 
+/// A new session has not beaten as often as one of its id that was deleted. Once it is committed: the
+/// deletion may yet be rolled back.
+pub(super) fn forget_predecessor(table: pg_sys::Oid, session_id: &str) {
+    if let Some(before) = Place::of(table, session_id).latest() {
+        let session_id = session_id.to_owned();
+        board::at_commit(move || Place::of(table, &session_id).remove_if_over(before));
+    }
+}
+
 fn session_of(trigger: &PgTrigger<'_>) -> Option<String> {
     SessionTuple::of(trigger, Side::Old)?.text(column::SESSION_ID).ok()?
 }

@@ -3,8 +3,8 @@
 use pgrx::PgSqlErrorCode;
 use pgrx::prelude::*;
 
+use super::board::forget_predecessor;
 use super::{Row, is_restoring, run, session_rows};
-use crate::board::{self, Place};
 use crate::error::ClaimError;
 use crate::spi::{Db, claim, session, time};
 
@@ -13,11 +13,7 @@ pub fn record_claim_history<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
     run(|| {
         let (old, new) = session_rows(trigger)?;
         if let (None, Some(new)) = (&old, &new) {
-            // Of one that had this id before and was deleted. That may yet be rolled back.
-            let (table, session_id) = (trigger.relid()?, new.session_id.clone());
-            if let Some(before) = Place::of(table, &session_id).latest() {
-                board::at_commit(move || Place::of(table, &session_id).remove_if_over(before));
-            }
+            forget_predecessor(trigger.relid()?, &new.session_id);
         }
         Db::connect(|db| match (&old, &new) {
             (None, Some(_)) if is_restoring() => Ok(()),

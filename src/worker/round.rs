@@ -311,11 +311,10 @@ fn write_board(run: &mut health::Run) -> bool {
             step(run, WHAT, heartbeat::sweep_board);
             return any;
         }
-        let batch = unwritten.clone();
         // Noted only once it is committed; each step is a transaction.
-        let Ok(written) = try_step(STEP_LIMIT, WHAT, |db| heartbeat::write(db, batch)) else {
-            for one in unwritten {
-                any |= step(run, WHAT, |db| heartbeat::write(db, vec![one]))
+        let Ok(written) = try_step(STEP_LIMIT, WHAT, |db| heartbeat::write(db, &unwritten)) else {
+            for one in unwritten.chunks(1) {
+                any |= step(run, WHAT, |db| heartbeat::write(db, one))
                     .is_some_and(heartbeat::Written::note);
             }
             return any;

@@ -1,9 +1,9 @@
-//! Heartbeats in shared memory.
+//! Heartbeats in shared memory: who is answered from there, and with what.
 
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pg_claims_tests::{Server, Stop, json, sqlstate, wait_until};
+use pg_claims_tests::{Server, json, sqlstate};
 use postgres::Client;
 use serde_json::Value;
 
@@ -11,14 +11,14 @@ use crate::support::*;
 use crate::worker::{PRELOAD, connect, served};
 
 /// A server of its own with a board, and no worker unless the settings say so.
-fn boarded(name: &str, settings: &[&str]) -> (Server, Client) {
+pub fn boarded(name: &str, settings: &[&str]) -> (Server, Client) {
     let mut all = vec![PRELOAD, "pg_claims.worker = off", "autovacuum = off"];
     all.extend(settings);
     served(name, &all)
 }
 
 /// What the table says of the session's last heartbeat, and what counts.
-fn heartbeats(c: &mut Client, session: &str) -> (f64, f64) {
+pub fn heartbeats(c: &mut Client, session: &str) -> (f64, f64) {
     let row = c
         .query_one(
             "SELECT EXTRACT(EPOCH FROM heartbeat_at)::float8,
@@ -31,7 +31,7 @@ fn heartbeats(c: &mut Client, session: &str) -> (f64, f64) {
 }
 
 /// Whether the session's heartbeats are answered by the board: they write nothing.
-fn is_on_board(c: &mut Client, session: &str) -> bool {
+pub fn is_on_board(c: &mut Client, session: &str) -> bool {
     c.batch_execute("BEGIN READ ONLY").unwrap();
     let answer = c.query("SELECT update_session_heartbeat($1)", &[&session]);
     c.batch_execute("ROLLBACK").unwrap();
@@ -48,7 +48,12 @@ fn is_on_board(c: &mut Client, session: &str) -> bool {
     }
 }
 
-fn entries(c: &mut Client) -> i64 {
+/// Where each session's row is: elsewhere once it has been written.
+pub fn places(c: &mut Client) -> Option<String> {
+    value(c, "SELECT string_agg(ctid::text, ' ' ORDER BY session_id) FROM claude_sessions")
+}
+
+pub fn entries(c: &mut Client) -> i64 {
     count(c, "SELECT entries FROM heartbeat_board()")
 }
 
@@ -278,237 +283,6 @@ fn a_heartbeat_after_a_takeover_is_told_and_one_before_it_wins() {
         release(&mut c, "s2");
     }
     eprintln!("the heartbeat won {won}, lost {lost}");
-    server.discard().unwrap();
-}
-
-#[test]
-fn the_worker_writes_the_board_to_the_table_and_clears_it() {
-    let (server, mut c) = served("board-worker", &[PRELOAD, "pg_claims.stale_after = 4s"]);
-    granted(&mut c, "SD-1", "s1");
-    let begin = Instant::now();
-    let mut written = Vec::new();
-    let mut beats = 0;
-    while begin.elapsed() < Duration::from_secs(8) {
-        assert_eq!(beat(&mut c, "s1")["sd_id"], "SD-1");
-        beats += 1;
-        let (in_table, counts) = heartbeats(&mut c, "s1");
-        assert!(counts - in_table < 4.0, "the table is more than a lease behind");
-        if written.last() != Some(&in_table) {
-            written.push(in_table);
-        }
-        thread::sleep(Duration::from_millis(50));
-    }
-    eprintln!("{beats} heartbeats, {} in the table", written.len());
-    assert!(written.len() > 1, "never written");
-    assert!(written.len() <= 6, "written too often: {written:?}");
-    // What is over leaves nothing behind.
-    json(&mut c, "SELECT end_session('s1')", &[]);
-    c.batch_execute("DELETE FROM claude_sessions WHERE session_id = 's2'").unwrap();
-    wait_until("the board to be cleared", || {
-        json(&mut c, "SELECT cleanup_stale_sessions()", &[]);
-        entries(&mut c) == 0
-    });
-    server.discard().unwrap();
-}
-
-/// Where each session's row is: elsewhere once it has been written.
-fn places(c: &mut Client) -> Option<String> {
-    value(c, "SELECT string_agg(ctid::text, ' ' ORDER BY session_id) FROM claude_sessions")
-}
-
-#[test]
-fn the_heartbeat_that_brings_a_session_onto_the_board_is_not_written_twice() {
-    let (server, mut c) = boarded("board-first", &[]);
-    granted(&mut c, "SD-1", "s1");
-    beat(&mut c, "s1");
-    json(&mut c, "SELECT heartbeat_sessions('{s2}')", &[]);
-    assert!(is_on_board(&mut c, "s1") && is_on_board(&mut c, "s2"));
-    let before = places(&mut c);
-    json(&mut c, "SELECT cleanup_stale_sessions()", &[]);
-    assert_eq!(places(&mut c), before);
-    server.discard().unwrap();
-}
-
-#[test]
-fn the_server_s_own_heartbeats_do_not_write_the_session() {
-    let (server, mut c) = served("board-connection", &[PRELOAD]);
-    granted(&mut c, "SD-1", "s1");
-    json(&mut c, "SELECT start_heartbeat('s1')", &[]);
-    let beaten_again = |c: &mut Client| {
-        let (_, before) = heartbeats(c, "s1");
-        wait_until("the server's next heartbeat", || heartbeats(c, "s1").1 > before);
-    };
-    // The first one may have gone to the table.
-    beaten_again(&mut c);
-    beaten_again(&mut c);
-    let (in_table, _) = heartbeats(&mut c, "s1");
-    let before = places(&mut c);
-    beaten_again(&mut c);
-    assert_eq!(places(&mut c), before);
-    assert_eq!(heartbeats(&mut c, "s1").0, in_table);
-    let noted = "SELECT EXTRACT(EPOCH FROM last_success_at)::float8 FROM heartbeat_connections";
-    let noted: f64 = c.query_one(noted, &[]).unwrap().get(0);
-    assert!(noted > in_table, "the heartbeat on the board is not noted for the connection");
-    server.discard().unwrap();
-}
-
-#[test]
-fn a_connection_that_keeps_the_note_of_its_heartbeats_locked_holds_nobody_up() {
-    let (server, mut c) = served("board-held", &[PRELOAD]);
-    let mut own = connect(&server, "postgres");
-    json(&mut own, "SELECT start_heartbeat('s1')", &[]);
-    own.batch_execute("BEGIN; SELECT force_heartbeat('s1')").unwrap();
-    for _ in 0..3 {
-        let (_, before) = heartbeats(&mut c, "s1");
-        wait_until("the server's next heartbeat", || heartbeats(&mut c, "s1").1 > before);
-    }
-    let errors = "SELECT errors, last_error FROM v_worker_health";
-    let row = c.query_one(errors, &[]).unwrap();
-    assert_eq!(row.get::<_, i64>(0), 0, "{:?}", row.get::<_, Option<&str>>(1));
-    server.discard().unwrap();
-}
-
-#[test]
-fn without_a_worker_cleaning_up_writes_all_of_the_board_once_and_clears_it() {
-    let (server, mut c) = boarded("board-cron", &["pg_claims.stale_after = 1s"]);
-    c.batch_execute("SELECT register_session('many-' || n) FROM generate_series(1, 1500) n")
-        .unwrap();
-    let behind = "SELECT count(*) FROM claude_sessions
-                   WHERE latest_heartbeat(tableoid, session_id, heartbeat_at) - heartbeat_at >= '0.5 s'";
-    wait_until("the table to be half a lease behind", || {
-        c.batch_execute(
-            "SELECT heartbeat_sessions(array_agg(session_id)) FROM claude_sessions
-              WHERE session_id LIKE 'many-%'",
-        )
-        .unwrap();
-        count(&mut c, behind) == 1500
-    });
-    // What comes to nothing leaves the board as it is.
-    for undone in [
-        "BEGIN; SELECT cleanup_stale_sessions(); ROLLBACK",
-        "BEGIN; SAVEPOINT s; SELECT cleanup_stale_sessions(); ROLLBACK TO s; COMMIT",
-    ] {
-        c.batch_execute(undone).unwrap();
-        assert_eq!(count(&mut c, behind), 1500, "{undone}");
-    }
-    // As clients do that put each statement into a savepoint.
-    c.batch_execute("BEGIN; SAVEPOINT s; SELECT cleanup_stale_sessions(); RELEASE s; COMMIT")
-        .unwrap();
-    assert_eq!(count(&mut c, behind), 0);
-    let before = places(&mut c);
-    json(&mut c, "SELECT cleanup_stale_sessions()", &[]);
-    assert_eq!(places(&mut c), before, "written again");
-
-    c.batch_execute(
-        "SELECT end_session(session_id) FROM claude_sessions WHERE session_id LIKE 'many-1%';
-         DELETE FROM claude_sessions WHERE session_id LIKE 'many-%'",
-    )
-    .unwrap();
-    assert!(entries(&mut c) >= 1500);
-    json(&mut c, "SELECT cleanup_stale_sessions()", &[]);
-    assert_eq!(entries(&mut c), 0);
-    server.discard().unwrap();
-}
-
-#[test]
-fn a_session_that_is_put_back_by_hand_has_the_heartbeat_that_it_is_given() {
-    let (server, mut c) = boarded("board-ghost", &[]);
-    for _ in 0..2 {
-        beat(&mut c, "s1");
-    }
-    let (in_table, counts) = heartbeats(&mut c, "s1");
-    assert!(counts > in_table);
-    c.batch_execute(
-        "CREATE TABLE kept AS SELECT * FROM claude_sessions WHERE session_id = 's1';
-         DELETE FROM claude_sessions WHERE session_id = 's1';
-         INSERT INTO claude_sessions SELECT * FROM kept",
-    )
-    .unwrap();
-    assert_eq!(heartbeats(&mut c, "s1"), (in_table, in_table));
-    server.discard().unwrap();
-}
-
-#[test]
-fn what_is_rolled_back_or_set_right_costs_no_heartbeat() {
-    let (server, mut c) = boarded("board-rollback", &[]);
-    granted(&mut c, "SD-1", "s1");
-    for _ in 0..2 {
-        beat(&mut c, "s1");
-    }
-    let (in_table, counts) = heartbeats(&mut c, "s1");
-    assert!(counts > in_table);
-    c.batch_execute(
-        "BEGIN; DELETE FROM claude_sessions WHERE session_id = 's1'; ROLLBACK;
-         BEGIN; DELETE FROM claude_sessions WHERE session_id = 's1';
-         INSERT INTO claude_sessions (session_id) VALUES ('s1'); ROLLBACK;
-         BEGIN; UPDATE claude_sessions SET silent_until = now() WHERE session_id = 's1';
-         SELECT cleanup_stale_sessions(); ROLLBACK",
-    )
-    .unwrap();
-    assert_eq!(heartbeats(&mut c, "s1"), (in_table, counts));
-    // A snapshot that does not know a session says nothing about it.
-    let mut old = connect(&server, "postgres");
-    old.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1 FROM claude_sessions")
-        .unwrap();
-    register(&mut c, "s4");
-    for _ in 0..2 {
-        beat(&mut c, "s4");
-    }
-    // So that its heartbeat is to be written at once.
-    c.batch_execute("UPDATE claude_sessions SET silent_until = now() WHERE session_id = 's4'")
-        .unwrap();
-    let seen = heartbeats(&mut c, "s4");
-    old.batch_execute("SELECT cleanup_stale_sessions(); COMMIT").unwrap();
-    assert_eq!(heartbeats(&mut c, "s4"), seen);
-    // Nor does a session that was over by then, and has come back since.
-    register(&mut c, "s5");
-    for _ in 0..2 {
-        beat(&mut c, "s5");
-    }
-    json(&mut c, "SELECT end_session('s5')", &[]);
-    old.batch_execute("BEGIN; SELECT cleanup_stale_sessions()").unwrap();
-    register(&mut c, "s5");
-    for _ in 0..2 {
-        beat(&mut c, "s5");
-    }
-    let seen = heartbeats(&mut c, "s5");
-    assert!(seen.1 > seen.0);
-    old.batch_execute("COMMIT").unwrap();
-    assert_eq!(heartbeats(&mut c, "s5"), seen);
-    server.discard().unwrap();
-}
-
-#[test]
-fn a_shutdown_keeps_what_the_board_had_and_a_crash_costs_no_claim() {
-    let (server, mut c) = boarded("board-restart", &["pg_claims.restart_grace = on"]);
-    granted(&mut c, "SD-1", "s1");
-    beat(&mut c, "s1");
-    thread::sleep(Duration::from_millis(1100));
-    beat(&mut c, "s1");
-    let (in_table, counts) = heartbeats(&mut c, "s1");
-    assert!(counts - in_table > 1.0);
-    server.stop(Stop::Fast).unwrap();
-    server.start().unwrap();
-    let mut c = connect(&server, "postgres");
-    assert_eq!(heartbeats(&mut c, "s1"), (in_table, counts));
-    assert!(!server.data().join("pg_stat/pg_claims.board").exists());
-    // Written where somebody does the worker's work.
-    json(&mut c, "SELECT cleanup_stale_sessions()", &[]);
-    assert_eq!(heartbeats(&mut c, "s1"), (counts, counts));
-    assert_eq!(beat(&mut c, "s1")["sd_id"], "SD-1");
-    // The lease would have ended long ago by what the table has.
-    age_heartbeat(&mut c, "s1", "1 hour");
-    let (aged, _) = heartbeats(&mut c, "s1");
-    c.batch_execute("BEGIN").unwrap();
-    beat(&mut c, "s1");
-    c.batch_execute("ROLLBACK").unwrap();
-    assert_eq!(heartbeats(&mut c, "s1").0, aged);
-    assert!(heartbeats(&mut c, "s1").1 > aged, "a beat that was sent was sent");
-    server.crash().unwrap();
-    server.start().unwrap();
-    let mut c = connect(&server, "postgres");
-    assert_eq!(heartbeats(&mut c, "s1"), (aged, aged));
-    assert_eq!(claim(&mut c, "SD-1", "s2")["claimed_by"], "s1", "it has one full lease");
     server.discard().unwrap();
 }
 

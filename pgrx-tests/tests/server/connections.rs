@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use pg_claims_tests::{Server, json, wait_until};
 use postgres::Client;
 
+use crate::board::{heartbeats, places};
 use crate::support::*;
 use crate::worker::{PRELOAD, connect, is_free, served};
 
@@ -200,4 +201,74 @@ fn a_heartbeat_goes_on_through_the_session_s_own_long_transaction() {
             == Some("active")
     });
     assert!(!is_free(&mut c, "SD-1"));
+}
+
+#[test]
+fn the_server_s_own_heartbeats_do_not_write_the_session() {
+    let (server, mut c) = served("board-connection", &[PRELOAD]);
+    granted(&mut c, "SD-1", "s1");
+    json(&mut c, "SELECT start_heartbeat('s1')", &[]);
+    let beaten_again = |c: &mut Client| {
+        let (_, before) = heartbeats(c, "s1");
+        wait_until("the server's next heartbeat", || heartbeats(c, "s1").1 > before);
+    };
+    // The first one may have gone to the table.
+    beaten_again(&mut c);
+    beaten_again(&mut c);
+    let (in_table, _) = heartbeats(&mut c, "s1");
+    let before = places(&mut c);
+    beaten_again(&mut c);
+    assert_eq!(places(&mut c), before);
+    assert_eq!(heartbeats(&mut c, "s1").0, in_table);
+    let noted = "SELECT EXTRACT(EPOCH FROM last_success_at)::float8 FROM heartbeat_connections";
+    let noted: f64 = c.query_one(noted, &[]).unwrap().get(0);
+    assert!(noted > in_table, "the heartbeat on the board is not noted for the connection");
+    server.discard().unwrap();
+}
+
+#[test]
+fn a_connection_that_keeps_the_note_of_its_heartbeats_locked_holds_nobody_up() {
+    let (server, mut c) = served("board-held", &[PRELOAD]);
+    let mut own = connect(&server, "postgres");
+    json(&mut own, "SELECT start_heartbeat('s1')", &[]);
+    own.batch_execute("BEGIN; SELECT force_heartbeat('s1')").unwrap();
+    for _ in 0..3 {
+        let (_, before) = heartbeats(&mut c, "s1");
+        wait_until("the server's next heartbeat", || heartbeats(&mut c, "s1").1 > before);
+    }
+    let errors = "SELECT errors, last_error FROM v_worker_health";
+    let row = c.query_one(errors, &[]).unwrap();
+    assert_eq!(row.get::<_, i64>(0), 0, "{:?}", row.get::<_, Option<&str>>(1));
+    server.discard().unwrap();
+}
+
+#[test]
+fn a_connection_that_has_ended_is_not_beaten_for_even_if_its_claim_cannot_be_released() {
+    let (server, mut c) =
+        served("ended-connection", &[PRELOAD, "pg_claims.on_disconnect = release"]);
+    let mut own = connect(&server, "postgres");
+    granted(&mut own, "SD-1", "s1");
+    json(&mut own, "SELECT start_heartbeat('s1')", &[]);
+    let (_, first) = heartbeats(&mut c, "s1");
+    wait_until("the server to beat", || heartbeats(&mut c, "s1").1 > first);
+    c.batch_execute(
+        "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'not now'; END $$;
+         CREATE TRIGGER fail BEFORE UPDATE ON claude_sessions FOR EACH ROW EXECUTE FUNCTION fail()",
+    )
+    .unwrap();
+    drop(own);
+    let errors =
+        |c: &mut Client| count(c, "SELECT COALESCE(max(errors), 0)::bigint FROM v_worker_health");
+    let failed_again = |c: &mut Client| {
+        let before = errors(c);
+        wait_until("the release to fail", || errors(c) > before);
+    };
+    failed_again(&mut c);
+    let (_, last) = heartbeats(&mut c, "s1");
+    // A heartbeat is due each second, and so is each further attempt.
+    for _ in 0..3 {
+        failed_again(&mut c);
+    }
+    assert_eq!(heartbeats(&mut c, "s1").1, last);
+    server.discard().unwrap();
 }

@@ -1,0 +1,197 @@
+//! What of the heartbeat board reaches the table, what stays over a shutdown, and what is forgotten.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use pg_claims_tests::{Stop, json, wait_until};
+
+use crate::board::{boarded, entries, heartbeats, is_on_board, places};
+use crate::support::*;
+use crate::worker::{PRELOAD, connect, served};
+
+#[test]
+fn the_worker_writes_the_board_to_the_table_and_clears_it() {
+    let (server, mut c) = served("board-worker", &[PRELOAD, "pg_claims.stale_after = 4s"]);
+    granted(&mut c, "SD-1", "s1");
+    let begin = Instant::now();
+    let mut written = Vec::new();
+    let mut beats = 0;
+    while begin.elapsed() < Duration::from_secs(8) {
+        assert_eq!(beat(&mut c, "s1")["sd_id"], "SD-1");
+        beats += 1;
+        let (in_table, counts) = heartbeats(&mut c, "s1");
+        assert!(counts - in_table < 4.0, "the table is more than a lease behind");
+        if written.last() != Some(&in_table) {
+            written.push(in_table);
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    eprintln!("{beats} heartbeats, {} in the table", written.len());
+    assert!(written.len() > 1, "never written");
+    assert!(written.len() <= 6, "written too often: {written:?}");
+    // What is over leaves nothing behind.
+    json(&mut c, "SELECT end_session('s1')", &[]);
+    c.batch_execute("DELETE FROM claude_sessions WHERE session_id = 's2'").unwrap();
+    wait_until("the board to be cleared", || {
+        json(&mut c, "SELECT cleanup_stale_sessions()", &[]);
+        entries(&mut c) == 0
+    });
+    server.discard().unwrap();
+}
+
+#[test]
+fn the_heartbeat_that_brings_a_session_onto_the_board_is_not_written_twice() {
+    let (server, mut c) = boarded("board-first", &[]);
+    granted(&mut c, "SD-1", "s1");
+    beat(&mut c, "s1");
+    json(&mut c, "SELECT heartbeat_sessions('{s2}')", &[]);
+    assert!(is_on_board(&mut c, "s1") && is_on_board(&mut c, "s2"));
+    let before = places(&mut c);
+    json(&mut c, "SELECT cleanup_stale_sessions()", &[]);
+    assert_eq!(places(&mut c), before);
+    server.discard().unwrap();
+}
+
+#[test]
+fn without_a_worker_cleaning_up_writes_all_of_the_board_once_and_clears_it() {
+    let (server, mut c) = boarded("board-cron", &["pg_claims.stale_after = 1s"]);
+    c.batch_execute("SELECT register_session('many-' || n) FROM generate_series(1, 1500) n")
+        .unwrap();
+    let behind = "SELECT count(*) FROM claude_sessions
+                   WHERE latest_heartbeat(tableoid, session_id, heartbeat_at) - heartbeat_at >= '0.5 s'";
+    wait_until("the table to be half a lease behind", || {
+        c.batch_execute(
+            "SELECT heartbeat_sessions(array_agg(session_id)) FROM claude_sessions
+              WHERE session_id LIKE 'many-%'",
+        )
+        .unwrap();
+        count(&mut c, behind) == 1500
+    });
+    // What comes to nothing leaves the board as it is.
+    for undone in [
+        "BEGIN; SELECT cleanup_stale_sessions(); ROLLBACK",
+        "BEGIN; SAVEPOINT s; SELECT cleanup_stale_sessions(); ROLLBACK TO s; COMMIT",
+    ] {
+        c.batch_execute(undone).unwrap();
+        assert_eq!(count(&mut c, behind), 1500, "{undone}");
+    }
+    // As clients do that put each statement into a savepoint.
+    c.batch_execute("BEGIN; SAVEPOINT s; SELECT cleanup_stale_sessions(); RELEASE s; COMMIT")
+        .unwrap();
+    assert_eq!(count(&mut c, behind), 0);
+    let before = places(&mut c);
+    json(&mut c, "SELECT cleanup_stale_sessions()", &[]);
+    assert_eq!(places(&mut c), before, "written again");
+
+    c.batch_execute(
+        "SELECT end_session(session_id) FROM claude_sessions WHERE session_id LIKE 'many-1%';
+         DELETE FROM claude_sessions WHERE session_id LIKE 'many-%'",
+    )
+    .unwrap();
+    assert!(entries(&mut c) >= 1500);
+    json(&mut c, "SELECT cleanup_stale_sessions()", &[]);
+    assert_eq!(entries(&mut c), 0);
+    server.discard().unwrap();
+}
+
+#[test]
+fn a_session_that_is_put_back_by_hand_has_the_heartbeat_that_it_is_given() {
+    let (server, mut c) = boarded("board-ghost", &[]);
+    for _ in 0..2 {
+        beat(&mut c, "s1");
+    }
+    let (in_table, counts) = heartbeats(&mut c, "s1");
+    assert!(counts > in_table);
+    c.batch_execute(
+        "CREATE TABLE kept AS SELECT * FROM claude_sessions WHERE session_id = 's1';
+         DELETE FROM claude_sessions WHERE session_id = 's1';
+         INSERT INTO claude_sessions SELECT * FROM kept",
+    )
+    .unwrap();
+    assert_eq!(heartbeats(&mut c, "s1"), (in_table, in_table));
+    server.discard().unwrap();
+}
+
+#[test]
+fn what_is_rolled_back_or_set_right_costs_no_heartbeat() {
+    let (server, mut c) = boarded("board-rollback", &[]);
+    granted(&mut c, "SD-1", "s1");
+    for _ in 0..2 {
+        beat(&mut c, "s1");
+    }
+    let (in_table, counts) = heartbeats(&mut c, "s1");
+    assert!(counts > in_table);
+    c.batch_execute(
+        "BEGIN; DELETE FROM claude_sessions WHERE session_id = 's1'; ROLLBACK;
+         BEGIN; DELETE FROM claude_sessions WHERE session_id = 's1';
+         INSERT INTO claude_sessions (session_id) VALUES ('s1'); ROLLBACK;
+         BEGIN; UPDATE claude_sessions SET silent_until = now() WHERE session_id = 's1';
+         SELECT cleanup_stale_sessions(); ROLLBACK",
+    )
+    .unwrap();
+    assert_eq!(heartbeats(&mut c, "s1"), (in_table, counts));
+    // A snapshot that does not know a session says nothing about it.
+    let mut old = connect(&server, "postgres");
+    old.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1 FROM claude_sessions")
+        .unwrap();
+    register(&mut c, "s4");
+    for _ in 0..2 {
+        beat(&mut c, "s4");
+    }
+    // So that its heartbeat is to be written at once.
+    c.batch_execute("UPDATE claude_sessions SET silent_until = now() WHERE session_id = 's4'")
+        .unwrap();
+    let seen = heartbeats(&mut c, "s4");
+    old.batch_execute("SELECT cleanup_stale_sessions(); COMMIT").unwrap();
+    assert_eq!(heartbeats(&mut c, "s4"), seen);
+    // Nor does a session that was over by then, and has come back since.
+    register(&mut c, "s5");
+    for _ in 0..2 {
+        beat(&mut c, "s5");
+    }
+    json(&mut c, "SELECT end_session('s5')", &[]);
+    old.batch_execute("BEGIN; SELECT cleanup_stale_sessions()").unwrap();
+    register(&mut c, "s5");
+    for _ in 0..2 {
+        beat(&mut c, "s5");
+    }
+    let seen = heartbeats(&mut c, "s5");
+    assert!(seen.1 > seen.0);
+    old.batch_execute("COMMIT").unwrap();
+    assert_eq!(heartbeats(&mut c, "s5"), seen);
+    server.discard().unwrap();
+}
+
+#[test]
+fn a_shutdown_keeps_what_the_board_had_and_a_crash_costs_no_claim() {
+    let (server, mut c) = boarded("board-restart", &["pg_claims.restart_grace = on"]);
+    granted(&mut c, "SD-1", "s1");
+    beat(&mut c, "s1");
+    thread::sleep(Duration::from_millis(1100));
+    beat(&mut c, "s1");
+    let (in_table, counts) = heartbeats(&mut c, "s1");
+    assert!(counts - in_table > 1.0);
+    server.stop(Stop::Fast).unwrap();
+    server.start().unwrap();
+    let mut c = connect(&server, "postgres");
+    assert_eq!(heartbeats(&mut c, "s1"), (in_table, counts));
+    assert!(!server.data().join("pg_stat/pg_claims.board").exists());
+    // Written where somebody does the worker's work.
+    json(&mut c, "SELECT cleanup_stale_sessions()", &[]);
+    assert_eq!(heartbeats(&mut c, "s1"), (counts, counts));
+    assert_eq!(beat(&mut c, "s1")["sd_id"], "SD-1");
+    // The lease would have ended long ago by what the table has.
+    age_heartbeat(&mut c, "s1", "1 hour");
+    let (aged, _) = heartbeats(&mut c, "s1");
+    c.batch_execute("BEGIN").unwrap();
+    beat(&mut c, "s1");
+    c.batch_execute("ROLLBACK").unwrap();
+    assert_eq!(heartbeats(&mut c, "s1").0, aged);
+    assert!(heartbeats(&mut c, "s1").1 > aged, "a beat that was sent was sent");
+    server.crash().unwrap();
+    server.start().unwrap();
+    let mut c = connect(&server, "postgres");
+    assert_eq!(heartbeats(&mut c, "s1"), (aged, aged));
+    assert_eq!(claim(&mut c, "SD-1", "s2")["claimed_by"], "s1", "it has one full lease");
+    server.discard().unwrap();
+}
