@@ -378,7 +378,7 @@ impl ser::SerializeSeq for List<'_> {
 struct Members<'b> {
     bytes: &'b mut Vec<u8>,
     begin: usize,
-    /// Keys and values.
+    /// Keys and values, in the order in which they will be stored.
     members: Vec<(Node, Node)>,
     /// A key whose value has not come yet.
     key: Option<Node>,
@@ -400,28 +400,23 @@ impl<'b> Members<'b> {
     fn add<T: Serialize + ?Sized>(&mut self, key: &str, value: &T) -> Result<()> {
         let key = Encoder::new(self.bytes).add(IS_STRING, key.as_bytes());
         let value = value.serialize(Encoder::new(self.bytes))?;
-        self.members.push((key, value));
+        self.put(key, value);
         Ok(())
     }
 
-    fn finish(mut self) -> Result<Node> {
+    /// Of members of one name the last one counts.
+    fn put(&mut self, key: Node, value: Node) {
+        let place = |of: &Node| (of.end - of.begin, &self.bytes[of.begin..of.end]);
+        match self.members.binary_search_by(|(other, _)| place(other).cmp(&place(&key))) {
+            Ok(at) => self.members[at].1 = value,
+            Err(at) => self.members.insert(at, (key, value)),
+        }
+    }
+
+    fn finish(self) -> Result<Node> {
         if self.is_number {
             return self.number();
         }
-        let bytes = &*self.bytes;
-        let name = |node: &Node| &bytes[node.begin..node.end];
-        self.members.sort_by(|(one, _), (other, _)| {
-            let (one, other) = (name(one), name(other));
-            one.len().cmp(&other.len()).then_with(|| one.cmp(other))
-        });
-        // Of members of one name the last one counts.
-        self.members.dedup_by(|next, last| {
-            let is_same = name(&next.0) == name(&last.0);
-            if is_same {
-                *last = *next;
-            }
-            is_same
-        });
         let keys = self.members.iter().map(|(key, _)| key);
         let values = self.members.iter().map(|(_, value)| value);
         assemble(self.bytes, self.begin, IS_OBJECT, self.members.len(), keys.chain(values))
@@ -456,7 +451,7 @@ impl ser::SerializeMap for Members<'_> {
     fn serialize_value<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<()> {
         let key = self.key.take().ok_or_else(|| Error::custom("a value needs a key"))?;
         let value = value.serialize(Encoder::new(self.bytes))?;
-        self.members.push((key, value));
+        self.put(key, value);
         Ok(())
     }
 
