@@ -135,10 +135,22 @@ extern "C-unwind" fn startup_hook() {
         }
         BOARD.set(Board::at(memory));
         if !found {
-            saved::restore();
-            pg_sys::on_shmem_exit(Some(saved::at_exit), pg_sys::Datum::null());
+            BOARD.get().into_iter().for_each(saved::restore);
+            pg_sys::on_shmem_exit(Some(saved::when_server_ends), pg_sys::Datum::null());
         }
     }
+}
+
+/// In the launcher: keeps the board over a shutdown, unless the postmaster does.
+pub fn keep_over_shutdown() {
+    if PRELOADED.get() {
+        return;
+    }
+    let Some(board) = Board::get() else { return };
+    // What a launcher has left that ended before this one.
+    saved::restore(board);
+    // SAFETY: the callback lives as long as the library; the memory is detached only after it has run.
+    unsafe { pg_sys::before_shmem_exit(Some(saved::when_launcher_ends), pg_sys::Datum::null()) };
 }
 
 /// Makes new memory an empty board.
@@ -265,16 +277,10 @@ impl Board {
         }
     }
 
-    /// Every entry, without any lock: in the postmaster, which must take none, when it is alone.
+    /// Every entry, without any lock: in the postmaster, once it is alone. A process that was killed may have
+    /// left one locked.
     pub fn entries(self) -> Shelf<'static> {
         Shelf(self.entries)
-    }
-
-    /// The shelf of `key`, likewise.
-    pub fn shelf(self, key: &Key<'_>) -> (Shelf<'static>, u32) {
-        let hash = key.hash();
-        let start = self.shelf_of(hash) * self.entries_per_shelf;
-        (Shelf(&self.entries[start..start + self.entries_per_shelf]), hash)
     }
 }
 
@@ -329,7 +335,7 @@ fn find() -> Option<Board> {
     }
     let mut found = false;
     // SAFETY: as above; the server maps the memory for as long as the process lives.
-    unsafe {
+    let board = unsafe {
         let memory = pg_sys::GetNamedDSMSegment(
             NAME.as_ptr(),
             Layout::for_sessions(size).size(),
@@ -337,5 +343,9 @@ fn find() -> Option<Board> {
             &mut found,
         );
         Board::at(memory)
+    }?;
+    if !found {
+        saved::restore(board);
     }
+    Some(board)
 }

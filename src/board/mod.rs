@@ -17,6 +17,7 @@ use pgrx::pg_sys;
 
 pub use at_commit::at_commit;
 use memory::Board;
+pub use memory::keep_over_shutdown;
 
 /// Asks the server for what the board needs, when the library is loaded.
 pub fn init() {

@@ -1,13 +1,14 @@
 //! Keeping the board across a restart.
 //!
 //! A server that shuts down starts no more workers, so what the board has and the tables have not goes
-//! into a file, in the folder where the server keeps its own statistics meanwhile. After a crash there is
-//! none; then every session has one full lease anyway.
+//! into a file, in the folder where the server keeps its own statistics meanwhile. The postmaster writes it
+//! last of all where the library is preloaded, and otherwise the launcher, when it ends. After a crash there
+//! is none; then every session has one full lease anyway.
 
 use std::fs;
 use std::io::ErrorKind;
 
-use pg_claims_core::board::Key;
+use pg_claims_core::board::{Entry, Key, Shelf};
 use pgrx::pg_sys;
 
 use super::memory::Board;
@@ -15,19 +16,36 @@ use super::memory::Board;
 /// In the server's data folder, which is where the postmaster works.
 const FILE: &str = "pg_stat/pg_claims.board";
 
-/// Writes the file when the server has shut down in an orderly way.
+/// When the postmaster ends: writes the file if the server has shut down in an orderly way.
 #[pgrx::pg_guard]
-pub extern "C-unwind" fn at_exit(code: i32, _nothing: pg_sys::Datum) {
-    let Some(board) = Board::get().filter(|_| code == 0) else { return };
-    let lines: String = board
-        .entries()
-        .entries()
-        .filter(|entry| entry.beat_at() > entry.written_at())
-        .map(|entry| {
-            let (database, table) = (entry.database(), entry.table());
-            format!("{database} {table} {} {}\n", entry.beat_at(), entry.session_id())
-        })
-        .collect();
+pub extern "C-unwind" fn when_server_ends(code: i32, _nothing: pg_sys::Datum) {
+    if let Some(board) = Board::get().filter(|_| code == 0) {
+        write(&lines(board.entries()));
+    }
+}
+
+/// When the launcher ends: writes the file, as the server may be shutting down. If it is not, the next launcher
+/// reads it, which tells the board nothing new.
+#[pgrx::pg_guard]
+pub extern "C-unwind" fn when_launcher_ends(_code: i32, _nothing: pg_sys::Datum) {
+    let mut all = String::new();
+    if let Some(board) = Board::get() {
+        board.each_shared(|shelf| all.push_str(&lines(shelf)));
+    }
+    write(&all);
+}
+
+/// What the tables do not have yet.
+fn lines(shelf: Shelf<'_>) -> String {
+    let unwritten = shelf.entries().filter(|entry| entry.beat_at() > entry.written_at());
+    let line = |entry: &Entry| {
+        let (database, table) = (entry.database(), entry.table());
+        format!("{database} {table} {} {}\n", entry.beat_at(), entry.session_id())
+    };
+    unwritten.map(line).collect()
+}
+
+fn write(lines: &str) {
     if lines.is_empty() {
         return;
     }
@@ -38,8 +56,8 @@ pub extern "C-unwind" fn at_exit(code: i32, _nothing: pg_sys::Datum) {
     }
 }
 
-/// Reads the file, which is used up with that.
-pub fn restore() {
+/// Reads the file, if there is one, which is used up with that.
+pub fn restore(board: Board) {
     let lines = match fs::read_to_string(FILE) {
         Ok(lines) => lines,
         Err(error) if error.kind() == ErrorKind::NotFound => return,
@@ -48,19 +66,23 @@ pub fn restore() {
             return;
         }
     };
-    if let Err(error) = fs::remove_file(FILE) {
-        pgrx::log!("pg_claims: could not remove \"{FILE}\": {error}");
+    match fs::remove_file(FILE) {
+        // By somebody who reads it at the same time: each heartbeat counts once even so.
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            pgrx::log!("pg_claims: could not remove \"{FILE}\": {error}");
+        }
+        _ => {}
     }
-    let Some(board) = Board::get() else { return };
     for line in lines.lines() {
         let Some((key, beat_at)) = parsed(line) else {
             pgrx::log!("pg_claims: \"{FILE}\" has a line that is no heartbeat");
             continue;
         };
-        let (shelf, hash) = board.shelf(&key);
-        if let Some(entry) = shelf.find_or_make(&key, hash) {
-            entry.note(beat_at);
-        }
+        board.exclusive(&key, |shelf, hash| {
+            if let Some(entry) = shelf.find_or_make(&key, hash) {
+                entry.note(beat_at);
+            }
+        });
     }
 }
 

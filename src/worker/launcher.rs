@@ -7,6 +7,7 @@ use pgrx::pg_sys;
 use super::child::Child;
 use super::control::{self, Control, Kind, MAX_DATABASES, Slot};
 use super::process;
+use crate::board;
 use crate::guc;
 
 /// How often a database is visited in which time alone can change nothing: for settings that an
@@ -89,6 +90,7 @@ pub extern "C-unwind" fn pg_claims_launcher_main(_argument: pg_sys::Datum) {
         return;
     }
     let control = control::create();
+    board::keep_over_shutdown();
     let mut visits: Vec<Visit> = Vec::new();
     let mut scanned_at: Option<Instant> = None;
     loop {

@@ -17,6 +17,11 @@ pub fn boarded(name: &str, settings: &[&str]) -> (Server, Client) {
     served(name, &all)
 }
 
+/// Whether the server has a board also where the library is not preloaded.
+pub fn needs_no_preloading(c: &mut Client) -> bool {
+    count(c, "SELECT current_setting('server_version_num')::bigint") >= 170_000
+}
+
 /// What the table says of the session's last heartbeat, and what counts.
 pub fn heartbeats(c: &mut Client, session: &str) -> (f64, f64) {
     let row = c
@@ -353,7 +358,7 @@ fn a_full_board_and_none_at_all_leave_heartbeats_to_the_table() {
 #[test]
 fn without_preloading_there_is_a_board_where_the_server_can_make_one() {
     let (server, mut c) = served("board-late", &["pg_claims.worker = off"]);
-    let can = count(&mut c, "SELECT current_setting('server_version_num')::bigint") >= 170_000;
+    let can = needs_no_preloading(&mut c);
     assert_eq!(count(&mut c, "SELECT count(*) FROM heartbeat_board()"), i64::from(can));
     beat(&mut c, "s1");
     assert_eq!(is_on_board(&mut c, "s1"), can);

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use pg_claims_tests::{Stop, json, wait_until};
 
-use crate::board::{boarded, entries, heartbeats, is_on_board, places};
+use crate::board::{boarded, entries, heartbeats, is_on_board, needs_no_preloading, places};
 use crate::support::*;
-use crate::worker::{PRELOAD, connect, served};
+use crate::worker::{PRELOAD, connect, launcher, served};
 
 #[test]
 fn the_worker_writes_the_board_to_the_table_and_clears_it() {
@@ -159,6 +159,35 @@ fn what_is_rolled_back_or_set_right_costs_no_heartbeat() {
     assert!(seen.1 > seen.0);
     old.batch_execute("COMMIT").unwrap();
     assert_eq!(heartbeats(&mut c, "s5"), seen);
+    server.discard().unwrap();
+}
+
+#[test]
+fn without_preloading_a_shutdown_and_the_end_of_the_launcher_keep_what_the_board_had() {
+    let (server, mut c) = served("board-dynamic-restart", &["autovacuum = off"]);
+    let has_board = needs_no_preloading(&mut c);
+    let is_kept = || server.data().join("pg_stat/pg_claims.board").exists();
+    granted(&mut c, "SD-1", "s1");
+    for _ in 0..2 {
+        beat(&mut c, "s1");
+    }
+    let seen = heartbeats(&mut c, "s1");
+    assert_eq!(seen.1 > seen.0, has_board);
+    launcher(&mut c);
+    server.stop(Stop::Fast).unwrap();
+    assert_eq!(is_kept(), has_board);
+    server.start().unwrap();
+    let mut c = connect(&server, "postgres");
+    assert_eq!(heartbeats(&mut c, "s1"), seen);
+    assert!(!is_kept());
+    assert_eq!(beat(&mut c, "s1")["sd_id"], "SD-1");
+    // One that ends alone leaves nothing behind that a later start could take for new.
+    let pid = launcher(&mut c);
+    c.execute("SELECT pg_terminate_backend($1)", &[&pid]).unwrap();
+    wait_until("the next launcher to have read it", || {
+        beat(&mut c, "s1");
+        launcher(&mut c) != pid && !is_kept()
+    });
     server.discard().unwrap();
 }
 

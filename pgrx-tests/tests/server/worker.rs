@@ -45,7 +45,7 @@ pub fn worker_pids(c: &mut Client, kind: &str) -> Vec<i32> {
         .collect()
 }
 
-fn launcher(c: &mut Client) -> i32 {
+pub fn launcher(c: &mut Client) -> i32 {
     let mut pids = Vec::new();
     wait_until("the launcher to be there", || {
         pids = worker_pids(c, "pg_claims launcher");
