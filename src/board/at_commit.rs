@@ -1,10 +1,12 @@
 //! What the board is to be told once a transaction has been committed.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 
 use pgrx::pg_sys;
 
+use super::Place;
 use super::memory::Board;
 
 /// Something to be done once the transaction, or the savepoint at this depth of it, is committed.
@@ -15,6 +17,9 @@ struct Wanted {
 
 thread_local! {
     static WANTED: RefCell<Vec<Wanted>> = const { RefCell::new(Vec::new()) };
+    /// The sessions of each table that are to be forgotten, and how deep among savepoints that was said first.
+    static FORGOTTEN: RefCell<BTreeMap<u32, BTreeMap<String, i32>>> =
+        const { RefCell::new(BTreeMap::new()) };
 }
 
 /// Asks the server to tell how transactions and savepoints end.
@@ -35,6 +40,32 @@ pub fn at_commit(work: impl FnOnce() + 'static) {
     }
 }
 
+/// Forgets the session once the transaction has been committed or prepared; for this transaction, at once. What
+/// others ask for meanwhile stays as it is, as this may yet be rolled back.
+pub fn forget_at_commit(table: pg_sys::Oid, session_id: String) {
+    if Board::get().is_some() {
+        let depth = depth();
+        FORGOTTEN.with_borrow_mut(|forgotten| {
+            forgotten.entry(table.to_u32()).or_default().entry(session_id).or_insert(depth);
+        });
+    }
+}
+
+/// Whether this transaction has had the session forgotten.
+pub fn is_forgotten(table: pg_sys::Oid, session_id: &str) -> bool {
+    FORGOTTEN.with_borrow(|forgotten| {
+        forgotten.get(&table.to_u32()).is_some_and(|sessions| sessions.contains_key(session_id))
+    })
+}
+
+fn forget() {
+    for (table, sessions) in FORGOTTEN.take() {
+        for session_id in sessions.keys() {
+            Place::of(pg_sys::Oid::from(table), session_id).remove();
+        }
+    }
+}
+
 /// 1 outside of any savepoint.
 fn depth() -> i32 {
     // SAFETY: reads a variable of this process's.
@@ -48,8 +79,18 @@ unsafe extern "C-unwind" fn transaction_ends(
 ) {
     use pg_sys::XactEvent::{XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PREPARE};
     match event {
-        XACT_EVENT_COMMIT => WANTED.take().into_iter().for_each(|wanted| (wanted.work)()),
-        XACT_EVENT_ABORT | XACT_EVENT_PREPARE => WANTED.with_borrow_mut(Vec::clear),
+        XACT_EVENT_COMMIT => {
+            WANTED.take().into_iter().for_each(|wanted| (wanted.work)());
+            forget();
+        }
+        XACT_EVENT_PREPARE => {
+            WANTED.with_borrow_mut(Vec::clear);
+            forget();
+        }
+        XACT_EVENT_ABORT => {
+            WANTED.with_borrow_mut(Vec::clear);
+            FORGOTTEN.with_borrow_mut(BTreeMap::clear);
+        }
         _ => {}
     }
 }
@@ -63,12 +104,17 @@ unsafe extern "C-unwind" fn savepoint_ends(
 ) {
     use pg_sys::SubXactEvent::{SUBXACT_EVENT_ABORT_SUB, SUBXACT_EVENT_COMMIT_SUB};
     let depth = depth();
-    WANTED.with_borrow_mut(|all| match event {
+    let stays = |said_at: &mut i32| match event {
         // From here on it is a matter of what is around the savepoint.
         SUBXACT_EVENT_COMMIT_SUB => {
-            all.iter_mut().for_each(|wanted| wanted.depth = wanted.depth.min(depth - 1));
+            *said_at = (*said_at).min(depth - 1);
+            true
         }
-        SUBXACT_EVENT_ABORT_SUB => all.retain(|wanted| wanted.depth < depth),
-        _ => {}
+        SUBXACT_EVENT_ABORT_SUB => *said_at < depth,
+        _ => true,
+    };
+    WANTED.with_borrow_mut(|all| all.retain_mut(|wanted| stays(&mut wanted.depth)));
+    FORGOTTEN.with_borrow_mut(|forgotten| {
+        forgotten.values_mut().for_each(|sessions| sessions.retain(|_, depth| stays(depth)));
     });
 }

@@ -15,7 +15,7 @@ use std::cell::Cell;
 use pg_claims_core::board::{Entry, Fullness, Held, Key};
 use pgrx::pg_sys;
 
-pub use at_commit::at_commit;
+pub use at_commit::{at_commit, forget_at_commit};
 use memory::Board;
 pub use memory::keep_over_shutdown;
 
@@ -66,6 +66,9 @@ impl<'a> Place<'a> {
 
     /// The session's last heartbeat on the board.
     pub fn latest(self) -> Option<i64> {
+        if at_commit::is_forgotten(self.table, self.session_id) {
+            return None;
+        }
         let key = self.key();
         let board = Board::get()?;
         board.shared(&key, |shelf, hash| shelf.find(&key, hash).map(Entry::beat_at))
@@ -128,8 +131,7 @@ impl<'a> Place<'a> {
     }
 
     /// Forgets the session.
-    pub fn remove(self) {
-        count_closed();
+    fn remove(self) {
         let key = self.key();
         let Some(board) = Board::get() else { return };
         board.exclusive(&key, |shelf, hash| shelf.remove(&key, hash));

@@ -8,9 +8,7 @@ use pg_claims_core::lease::Lease;
 use pg_claims_core::session::{Beat, Progressed};
 use pgrx::datum::Interval;
 use pgrx::pg_sys;
-use pgrx::pg_sys::BuiltinOid::{
-    INT8OID, INTERVALOID, OIDOID, TEXTARRAYOID, TEXTOID, TIMESTAMPTZARRAYOID,
-};
+use pgrx::pg_sys::BuiltinOid::{INT8OID, INTERVALOID, OIDOID, TEXTARRAYOID, TEXTOID};
 use pgrx::spi::SpiTupleTable;
 
 use super::catalog;
@@ -249,32 +247,30 @@ pub fn beat_many(db: &Db<'_>, session_ids: &[String]) -> Result<Vec<(String, Fou
     Ok(found)
 }
 
-// What another transaction is writing is passed by, and comes with the next.
+// What another transaction is writing is passed by, and comes with the next. The board is asked once a row is
+// locked: its session may have been forgotten since somebody looked.
 static WRITE: Statement = Statement::new(
     |c| {
         format!(
-            "WITH asked AS MATERIALIZED (
-                 SELECT session_id, at FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2))
-                                            AS asked (session_id, at)),
-                  free AS MATERIALIZED (
+            "WITH free AS MATERIALIZED (
                  SELECT session_id FROM {x}.claude_sessions
                   WHERE session_id = ANY ($1) AND status <> 'released'
                   ORDER BY session_id
                     FOR NO KEY UPDATE SKIP LOCKED),
                   written AS (
-                 UPDATE {x}.claude_sessions s SET heartbeat_at = GREATEST(s.heartbeat_at, asked.at)
-                   FROM free JOIN asked ON asked.session_id = free.session_id
-                  WHERE s.session_id = free.session_id
-              RETURNING s.session_id)
-             SELECT asked.session_id, w.session_id IS NOT NULL, s.session_id IS NULL
-               FROM asked
+                 UPDATE {x}.claude_sessions s SET heartbeat_at = {latest}
+                   FROM free WHERE s.session_id = free.session_id
+              RETURNING s.session_id, s.heartbeat_at)
+             SELECT asked.session_id, w.heartbeat_at, s.session_id IS NULL
+               FROM pg_catalog.unnest($1) AS asked (session_id)
                LEFT JOIN written w ON w.session_id = asked.session_id
                LEFT JOIN {x}.claude_sessions s
                  ON s.session_id = asked.session_id AND s.status <> 'released'",
-            x = c.schema
+            x = c.schema,
+            latest = latest(&c.schema, "s."),
         )
     },
-    &[TEXTARRAYOID, TIMESTAMPTZARRAYOID],
+    &[TEXTARRAYOID],
 );
 
 /// How many heartbeats are written at once.
@@ -333,22 +329,20 @@ pub fn write(db: &Db<'_>, unwritten: &[(String, i64)]) -> Result<Written> {
     if unwritten.is_empty() {
         return Ok(done);
     }
-    let (ids, times): (Vec<String>, Vec<i64>) = unwritten.iter().cloned().unzip();
-    let times = times
-        .into_iter()
-        .map(|at| time::to_server(time::from_microseconds(at)))
-        .collect::<Result<Vec<_>>>()?;
-    let mut rows = db.run(&WRITE, &[ids.into(), times.into()])?;
+    let ids: Vec<String> = unwritten.iter().map(|(session_id, _)| session_id.clone()).collect();
+    let mut rows = db.run(&WRITE, &[ids.into()])?;
     let mut outcome = HashMap::new();
     while rows.next().is_some() {
         let session_id = rows.required_text(1, "claude_sessions.session_id")?;
-        outcome.insert(session_id, (rows.flag(2)?, rows.flag(3)?));
+        outcome.insert(session_id, (rows.instant(2)?, rows.flag(3)?));
     }
     for (session_id, at) in unwritten {
         match outcome.get(session_id) {
-            Some((true, _)) => done.written.push((session_id.clone(), *at)),
+            Some((Some(written), _)) => {
+                done.written.push((session_id.clone(), time::to_microseconds(*written)));
+            }
             // A snapshot that the transaction keeps may not show a session that has come since.
-            Some((false, true)) if !time::has_transaction_snapshot() => {
+            Some((None, true)) if !time::has_transaction_snapshot() => {
                 done.gone.push((session_id.clone(), *at));
             }
             _ => {}

@@ -10,7 +10,8 @@ use crate::error::{ClaimError, Result};
 use crate::spi::row::Row as _;
 use crate::spi::table::layout::sessions as column;
 
-/// The table alone says when the session last beat, and answers its next heartbeat.
+/// The table alone says when the session last beat, and answers its next heartbeat: at once for whoever has set it
+/// back, and for the others once that is committed.
 #[pg_trigger]
 pub fn forget_heartbeat<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
     run(|| {
@@ -18,7 +19,9 @@ pub fn forget_heartbeat<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
             check_finite(&new)?;
         }
         if let Some(session_id) = session_of(trigger) {
-            Place::of(trigger.relid()?, &session_id).remove();
+            let table = trigger.relid()?;
+            Place::of(table, &session_id).close();
+            board::forget_at_commit(table, session_id);
         }
         Ok(None)
     })

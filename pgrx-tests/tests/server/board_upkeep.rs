@@ -163,6 +163,56 @@ fn what_is_rolled_back_or_set_right_costs_no_heartbeat() {
 }
 
 #[test]
+fn a_heartbeat_set_back_counts_at_once_in_its_transaction_and_elsewhere_once_committed() {
+    let (server, mut c) = boarded("board-set-back", &["max_prepared_transactions = 5"]);
+    let mut other = connect(&server, "postgres");
+    for _ in 0..2 {
+        beat(&mut c, "s1");
+    }
+    let seen = heartbeats(&mut c, "s1");
+    assert!(seen.1 > seen.0);
+    let set_back = "UPDATE claude_sessions SET heartbeat_at = heartbeat_at - interval '1 hour'
+                     WHERE session_id = 's1'";
+    let steps = [
+        ("BEGIN", false),
+        (set_back, true),
+        ("ROLLBACK", false),
+        ("BEGIN; SAVEPOINT a", false),
+        (set_back, true),
+        ("ROLLBACK TO a", false),
+        ("SAVEPOINT b; SAVEPOINT c", false),
+        (set_back, true),
+        ("RELEASE c", true),
+        ("ROLLBACK TO b", false),
+        ("COMMIT", false),
+        ("BEGIN; SAVEPOINT a", false),
+        (set_back, true),
+        ("RELEASE a", true),
+    ];
+    for (number, (step, is_set_back)) in steps.into_iter().enumerate() {
+        c.batch_execute(step).unwrap();
+        let (in_table, counts) = heartbeats(&mut c, "s1");
+        assert_eq!(counts < seen.0, is_set_back, "{number}: {step}");
+        assert_eq!(in_table == counts, is_set_back, "{number}: {step}");
+        assert_eq!(heartbeats(&mut other, "s1"), seen, "{number}: {step}");
+    }
+    c.batch_execute("COMMIT").unwrap();
+    let (in_table, counts) = heartbeats(&mut other, "s1");
+    assert_eq!(in_table, counts);
+    assert!(counts < seen.0);
+    // Nobody tells the board when a prepared transaction is committed.
+    for _ in 0..2 {
+        beat(&mut c, "s1");
+    }
+    c.batch_execute(&format!("BEGIN; {set_back}; PREPARE TRANSACTION 'set back'")).unwrap();
+    c.batch_execute("COMMIT PREPARED 'set back'").unwrap();
+    let (in_table, counts) = heartbeats(&mut other, "s1");
+    assert_eq!(in_table, counts);
+    drop(other);
+    server.discard().unwrap();
+}
+
+#[test]
 fn without_preloading_a_shutdown_and_the_end_of_the_launcher_keep_what_the_board_had() {
     let (server, mut c) = served("board-dynamic-restart", &["autovacuum = off"]);
     let has_board = needs_no_preloading(&mut c);
