@@ -6,8 +6,10 @@
 //! keys, by length and then by their bytes, and then their values. Numbers and containers begin at a multiple of
 //! four bytes.
 
+use std::borrow::Cow;
 use std::ffi::CString;
 use std::fmt::{self, Display, Write as _};
+use std::iter;
 
 use pgrx::pg_sys;
 use serde::ser::{self, Error as _, Serialize, Serializer};
@@ -43,7 +45,7 @@ pub fn encode<T: Serialize + ?Sized>(value: &T) -> Result<Vec<u8>> {
     if node.kind == IS_CONTAINER {
         return Ok(bytes);
     }
-    assemble(&mut bytes, 0, IS_ARRAY | IS_SCALAR, 1, [node].iter())?;
+    assemble(&mut bytes, 0, IS_ARRAY | IS_SCALAR, iter::empty(), iter::once(node))?;
     Ok(bytes)
 }
 
@@ -70,43 +72,67 @@ impl Node {
     }
 }
 
-/// Puts a container of `count` elements together from `nodes`, in their order, and in the place of everything
-/// from `begin` on.
-fn assemble<'n>(
+/// Puts a container together from `keys`, if it is an object, and `values`, in their order, and in the place of
+/// everything from `begin` on.
+fn assemble<'k>(
     bytes: &mut Vec<u8>,
     begin: usize,
     kind: u32,
-    count: usize,
-    nodes: impl Iterator<Item = &'n Node> + Clone,
+    keys: impl ExactSizeIterator<Item = &'k str>,
+    values: impl ExactSizeIterator<Item = Node>,
 ) -> Result<Node> {
-    let too_large = || Error::custom("the answer is too large for jsonb");
-    let count = u32::try_from(count).ok().filter(|count| *count < IS_SCALAR);
+    let count = u32::try_from(values.len()).ok().filter(|count| *count < IS_SCALAR);
     let count = count.ok_or_else(too_large)?;
     // Behind what it is made of, which is then dropped.
     let whole = bytes.len();
     bytes.extend_from_slice(&(kind | count).to_ne_bytes());
-    let entries = bytes.len();
-    bytes.resize(entries + 4 * nodes.clone().count(), 0);
+    let mut entries = Entries { begin: bytes.len(), at: 0 };
+    bytes.resize(entries.begin + 4 * (keys.len() + values.len()), 0);
     let elements = bytes.len();
-    for (at, node) in nodes.enumerate() {
+    for key in keys {
         let start = bytes.len() - elements;
-        if node.is_aligned() {
+        bytes.extend_from_slice(key.as_bytes());
+        let end = bytes.len() - elements;
+        entries.add(bytes, IS_STRING, start, end)?;
+    }
+    for value in values {
+        let start = bytes.len() - elements;
+        if value.is_aligned() {
             bytes.resize(elements + start.next_multiple_of(4), 0);
         }
-        bytes.extend_from_within(node.begin..node.end);
+        bytes.extend_from_within(value.begin..value.end);
         let end = bytes.len() - elements;
-        if end > MAX_LENGTH {
-            return Err(too_large());
-        }
-        let entry = if at.is_multiple_of(OFFSET_STRIDE) {
-            node.kind | HAS_OFFSET | end as u32
-        } else {
-            node.kind | (end - start) as u32
-        };
-        bytes[entries + 4 * at..][..4].copy_from_slice(&entry.to_ne_bytes());
+        entries.add(bytes, value.kind, start, end)?;
     }
     bytes.drain(begin..whole);
     Ok(Node { kind: IS_CONTAINER, begin, end: bytes.len() })
+}
+
+/// A container's entries, for which there is room from `begin` on.
+struct Entries {
+    begin: usize,
+    at: usize,
+}
+
+impl Entries {
+    /// The next one: of an element from `start` to `end` among all.
+    fn add(&mut self, bytes: &mut [u8], kind: u32, start: usize, end: usize) -> Result<()> {
+        if end > MAX_LENGTH {
+            return Err(too_large());
+        }
+        let entry = if self.at.is_multiple_of(OFFSET_STRIDE) {
+            kind | HAS_OFFSET | end as u32
+        } else {
+            kind | (end - start) as u32
+        };
+        bytes[self.begin + 4 * self.at..][..4].copy_from_slice(&entry.to_ne_bytes());
+        self.at += 1;
+        Ok(())
+    }
+}
+
+fn too_large() -> Error {
+    Error::custom("the answer is too large for jsonb")
 }
 
 /// Takes text without a look at what it takes it for: the characters of a time come one by one.
@@ -299,7 +325,8 @@ impl<'b> Serializer for Encoder<'b> {
         value: &T,
     ) -> Result<Node> {
         let mut members = Members::new(self);
-        members.add(variant, value)?;
+        let value = value.serialize(Encoder::new(members.bytes))?;
+        members.put(variant.into(), value);
         members.finish()
     }
 
@@ -370,7 +397,7 @@ impl ser::SerializeSeq for List<'_> {
     }
 
     fn end(self) -> Result<Node> {
-        assemble(self.bytes, self.begin, IS_ARRAY, self.nodes.len(), self.nodes.iter())
+        assemble(self.bytes, self.begin, IS_ARRAY, iter::empty(), self.nodes.into_iter())
     }
 }
 
@@ -379,9 +406,9 @@ struct Members<'b> {
     bytes: &'b mut Vec<u8>,
     begin: usize,
     /// Keys and values, in the order in which they will be stored.
-    members: Vec<(Node, Node)>,
+    members: Vec<(Cow<'static, str>, Node)>,
     /// A key whose value has not come yet.
-    key: Option<Node>,
+    key: Option<String>,
     /// Whether it is no object, but how serde tells a number.
     is_number: bool,
 }
@@ -397,17 +424,10 @@ impl<'b> Members<'b> {
         }
     }
 
-    fn add<T: Serialize + ?Sized>(&mut self, key: &str, value: &T) -> Result<()> {
-        let key = Encoder::new(self.bytes).add(IS_STRING, key.as_bytes());
-        let value = value.serialize(Encoder::new(self.bytes))?;
-        self.put(key, value);
-        Ok(())
-    }
-
     /// Of members of one name the last one counts.
-    fn put(&mut self, key: Node, value: Node) {
-        let place = |of: &Node| (of.end - of.begin, &self.bytes[of.begin..of.end]);
-        match self.members.binary_search_by(|(other, _)| place(other).cmp(&place(&key))) {
+    fn put(&mut self, key: Cow<'static, str>, value: Node) {
+        let place = |other: &str| other.len().cmp(&key.len()).then_with(|| other.cmp(&key));
+        match self.members.binary_search_by(|(other, _)| place(other)) {
             Ok(at) => self.members[at].1 = value,
             Err(at) => self.members.insert(at, (key, value)),
         }
@@ -417,9 +437,9 @@ impl<'b> Members<'b> {
         if self.is_number {
             return self.number();
         }
-        let keys = self.members.iter().map(|(key, _)| key);
-        let values = self.members.iter().map(|(_, value)| value);
-        assemble(self.bytes, self.begin, IS_OBJECT, self.members.len(), keys.chain(values))
+        let keys = self.members.iter().map(|(key, _)| key.as_ref());
+        let values = self.members.iter().map(|(_, value)| *value);
+        assemble(self.bytes, self.begin, IS_OBJECT, keys, values)
     }
 
     fn number(self) -> Result<Node> {
@@ -440,18 +460,19 @@ impl ser::SerializeMap for Members<'_> {
     type Error = Error;
 
     fn serialize_key<T: Serialize + ?Sized>(&mut self, key: &T) -> Result<()> {
-        let key = key.serialize(Encoder::new(self.bytes))?;
-        if key.kind != IS_STRING {
+        let Node { kind, begin, end } = key.serialize(Encoder::new(self.bytes))?;
+        if kind != IS_STRING {
             return Err(Error::custom("a key must be a string"));
         }
-        self.key = Some(key);
+        self.key = Some(String::from_utf8_lossy(&self.bytes[begin..end]).into_owned());
+        self.bytes.truncate(begin);
         Ok(())
     }
 
     fn serialize_value<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<()> {
         let key = self.key.take().ok_or_else(|| Error::custom("a value needs a key"))?;
         let value = value.serialize(Encoder::new(self.bytes))?;
-        self.put(key, value);
+        self.put(key.into(), value);
         Ok(())
     }
 
@@ -469,7 +490,9 @@ impl ser::SerializeStruct for Members<'_> {
         key: &'static str,
         value: &T,
     ) -> Result<()> {
-        self.add(key, value)
+        let value = value.serialize(Encoder::new(self.bytes))?;
+        self.put(key.into(), value);
+        Ok(())
     }
 
     fn end(self) -> Result<Node> {

@@ -156,8 +156,7 @@ fn open_on_board(table: pg_sys::Oid, beat: &Beat, owner_role: Role) {
 /// board does not know the session, another role calls, the claim that is named is another one.
 pub fn beat_on_board(session_id: &str, caller: Role, claim_id: Option<i64>) -> Option<Beat> {
     let place = Place::of(catalog::known()?.sessions, session_id);
-    let now = time::to_microseconds(time::now());
-    let (at, held) = place.beat(caller.0, claim_id, now)?;
+    let (at, held) = place.beat(caller.0, claim_id, time::now_in_microseconds())?;
     let (sd_id, claim_id) = held.claim.unzip();
     Some(Beat {
         success: true,

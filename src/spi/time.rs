@@ -11,11 +11,16 @@ const SERVER_EPOCH_MICROSECONDS: i64 = 946_684_800_000_000;
 
 /// The present moment, by the database's clock.
 pub fn now() -> DateTime<Utc> {
-    // SAFETY: reads the system clock; no preconditions.
-    from_microseconds(unsafe { pg_sys::GetCurrentTimestamp() })
+    from_microseconds(now_in_microseconds())
 }
 
 /// The same in the server's microseconds.
+pub fn now_in_microseconds() -> i64 {
+    // SAFETY: reads the system clock; no preconditions.
+    unsafe { pg_sys::GetCurrentTimestamp() }
+}
+
+/// An instant in the server's microseconds.
 pub fn to_microseconds(instant: DateTime<Utc>) -> i64 {
     instant.timestamp_micros().saturating_sub(SERVER_EPOCH_MICROSECONDS)
 }

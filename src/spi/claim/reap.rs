@@ -278,8 +278,7 @@ static PULL_BACK: Statement = Statement::new(
 /// A heartbeat in the future would keep its session alive until then: it counts as given now, so
 /// that the session has one full lease from here.
 pub fn pull_back(db: &Db<'_>, session_id: &str) -> Result<()> {
-    let now = time::to_microseconds(time::now());
-    Place::of(db.catalog()?.sessions, session_id).pull_back(now);
+    Place::of(db.catalog()?.sessions, session_id).pull_back(time::now_in_microseconds());
     db.run(&PULL_BACK, &[session_id.into()])?;
     Ok(())
 }
