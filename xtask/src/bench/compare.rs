@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 
-use super::listen::{self, Listening};
+use super::listen::{self, Listening, Sending};
 use super::pgbench::Side;
 use super::plan::{buffers, explain, wal, whole_scans};
 use super::report::Goal;
@@ -397,15 +397,26 @@ impl Bench {
             Ok(admin.query_one(count, &[])?.get::<_, i64>(0).try_into()?)
         };
         let mut control = connect(&self.server, database)?;
-        let (mut heard, mut all) = ([0; 2], [0; 2]);
-        let rates = self.plan.measure(2, |notify| {
+        let (mut heard, mut all) = ([0; 3], [0; 3]);
+        let mut bytes_per_second = 0.0;
+        let rates = self.plan.measure(3, |how| {
             // What the last run has left to be heard is not this one's.
             listening.settle(&mut control)?;
-            listen::set_notify(&mut control, database, ["on", "off"][notify])?;
-            let before = (listening.events(), events()?);
+            listen::set_notify(&mut control, database, ["on", "off", "off"][how])?;
+            let before = (listening.events(), listening.bytes(), events()?);
+            let begin = Instant::now();
+            let sending = match how {
+                2 => Some(Sending::begin(&self.server, database, bytes_per_second)?),
+                _ => None,
+            };
             let rate = side.run(&self.plan.folder, self.plan.seconds)?;
-            heard[notify] += listening.events() - before.0;
-            all[notify] += events()? - before.1;
+            if how == 0 {
+                let bytes = (listening.bytes() - before.1) as f64;
+                bytes_per_second = bytes / begin.elapsed().as_secs_f64();
+            }
+            sending.map_or(Ok(()), Sending::stop)?;
+            heard[how] += listening.events() - before.0;
+            all[how] += events()? - before.2;
             Ok(rate)
         })?;
         listening.settle(&mut control)?;
@@ -415,14 +426,10 @@ impl Bench {
             "claim and release with {} listeners, each of whom meanwhile heard of {} of {} events",
             self.sizes.listeners, heard[0], all[0]
         );
-        self.find(
-            11,
-            &what,
-            [&rates[0], &rates[1]],
-            "/s",
-            "pg_claims.notify off",
-            Goal::AtLeast(0.9),
-        );
+        let off = "pg_claims.notify off";
+        self.find(11, &what, [&rates[0], &rates[1]], "/s", off, Goal::AtLeast(0.9));
+        let what = "claim and release with notify off while a client sends the listeners as many bytes by bare NOTIFY";
+        self.find(11, what, [&rates[2], &rates[1]], "/s", off, Goal::None);
         Ok(())
     }
 }

@@ -1,9 +1,9 @@
-//! Connections that listen to what the extension announces.
+//! Connections that listen to what the extension announces, and one that sends as much without it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 use pg_claims_tests::Server;
@@ -15,8 +15,10 @@ use super::{connect, wait_until};
 /// Connections that listen.
 pub struct Listening {
     over: Arc<AtomicBool>,
-    /// How many events the first of them has heard of. Only that one counts them, as that costs time.
+    /// How many events the first of them has heard of, and in how many bytes. Only that one counts them, as
+    /// that costs time.
     events: Arc<AtomicU64>,
+    bytes: Arc<AtomicU64>,
     /// How many messages each has heard.
     messages: Vec<Arc<AtomicU64>>,
     threads: Vec<JoinHandle<Result<()>>>,
@@ -26,7 +28,7 @@ impl Listening {
     /// Has so many connections listen.
     pub fn begin(server: &Server, database: &str, listeners: usize) -> Result<Self> {
         let over = Arc::new(AtomicBool::new(false));
-        let events = Arc::new(AtomicU64::new(0));
+        let (events, bytes) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
         let mut messages = Vec::new();
         let mut threads = Vec::new();
         for listener in 0..listeners {
@@ -34,7 +36,8 @@ impl Listening {
             client.batch_execute("LISTEN pg_claims")?;
             let heard = Arc::new(AtomicU64::new(0));
             messages.push(Arc::clone(&heard));
-            let (over, events) = (Arc::clone(&over), Arc::clone(&events));
+            let (over, events, bytes) =
+                (Arc::clone(&over), Arc::clone(&events), Arc::clone(&bytes));
             threads.push(thread::spawn(move || {
                 while !over.load(Ordering::Relaxed) {
                     let mut notifications = client.notifications();
@@ -44,18 +47,24 @@ impl Listening {
                         if listener == 0 {
                             let lines = message.payload().split('\n').count() as u64;
                             events.fetch_add(lines, Ordering::Relaxed);
+                            bytes.fetch_add(message.payload().len() as u64, Ordering::Relaxed);
                         }
                     }
                 }
                 Ok(())
             }));
         }
-        Ok(Self { over, events, messages, threads })
+        Ok(Self { over, events, bytes, messages, threads })
     }
 
     /// How many events each of them has heard of.
     pub fn events(&self) -> u64 {
         self.events.load(Ordering::Relaxed)
+    }
+
+    /// In how many bytes.
+    pub fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
     }
 
     /// Waits until all events have been announced, or passed in silence, and all have heard the same.
@@ -83,6 +92,43 @@ impl Listening {
             thread.join().map_err(|_| anyhow!("a listening thread panicked"))??;
         }
         Ok(())
+    }
+}
+
+/// A connection that sends by bare NOTIFY what the extension would announce.
+pub struct Sending {
+    over: Arc<AtomicBool>,
+    thread: JoinHandle<Result<()>>,
+}
+
+impl Sending {
+    /// Sends so many bytes a second, as full and at such a pace as the worker's messages are under load.
+    pub fn begin(server: &Server, database: &str, bytes_per_second: f64) -> Result<Self> {
+        const PACE: Duration = Duration::from_millis(300);
+        const LENGTH: i32 = 7900;
+        let messages = bytes_per_second * PACE.as_secs_f64() / f64::from(LENGTH);
+        let over = Arc::new(AtomicBool::new(false));
+        let is_over = Arc::clone(&over);
+        let mut client = connect(server, database)?;
+        let send = client.prepare(
+            "SELECT pg_notify('pg_claims', rpad(n || ' ', $2, 'x'))
+               FROM generate_series(1, $1::int) n",
+        )?;
+        let thread = thread::spawn(move || {
+            while !is_over.load(Ordering::Relaxed) {
+                let next = Instant::now() + PACE;
+                client.query(&send, &[&(messages.round() as i32), &LENGTH])?;
+                thread::sleep(next.saturating_duration_since(Instant::now()));
+            }
+            Ok(())
+        });
+        Ok(Self { over, thread })
+    }
+
+    /// Ends it.
+    pub fn stop(self) -> Result<()> {
+        self.over.store(true, Ordering::Relaxed);
+        self.thread.join().map_err(|_| anyhow!("the sending thread panicked"))?
     }
 }
 

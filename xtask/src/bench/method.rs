@@ -34,7 +34,9 @@ pub fn text(sizes: &Sizes, plan: &pgbench::Plan, server: &str, extension: &str) 
 - 10: once each; every session beats every 30 s. The size before is that of the vacuumed tables, before
   anybody has beaten. The processor's time is that of all of the server's processes, also of those that
   have ended meanwhile.
-- 11: events are announced or not, in turns; the worker begins anew before each.
+- 11: events are announced or not, in turns; the worker begins anew before each. What the delivery of so
+  many bytes costs by itself is measured without announcements, with a client that sends as many by bare
+  NOTIFY, in messages of 7900 bytes, every 300 ms (the pace of the worker under load).
 - The bare writes are the rows that a claim and a release write, as two statements with data-modifying
   CTEs on tables of the same columns and indexes, without any check. Their backlog has one index
   more, by which SKIP LOCKED finds the first SD. The PL/pgSQL is in `xtask/src/bench/floor.sql`:
