@@ -41,8 +41,9 @@ CREATE TRIGGER sd_claims_protect_delete_trigger
     EXECUTE FUNCTION protect_open_claim();
 
 -- The heartbeat board is kept in step with every write, also a replicated one. Whoever sets a heartbeat
--- back means it: the board forgets it, as heartbeats only move forward. An infinite one is refused: its
--- session would be immortal, or stale for ever.
+-- back means it: the board forgets it, as heartbeats only move forward. So it does with a session that is
+-- gone, or one of the same id would have its heartbeats. An infinite one is refused: its session would be
+-- immortal, or stale for ever.
 CREATE TRIGGER claude_sessions_set_back_trigger
     AFTER UPDATE OF heartbeat_at ON claude_sessions
     FOR EACH ROW WHEN (NEW.heartbeat_at < OLD.heartbeat_at OR NEW.heartbeat_at = 'infinity')
@@ -52,10 +53,10 @@ CREATE TRIGGER claude_sessions_changed_trigger
     FOR EACH ROW EXECUTE FUNCTION close_on_board();
 CREATE TRIGGER claude_sessions_deleted_trigger
     AFTER DELETE ON claude_sessions
-    FOR EACH ROW EXECUTE FUNCTION close_on_board();
+    FOR EACH ROW EXECUTE FUNCTION forget_heartbeat();
 CREATE TRIGGER claude_sessions_truncated_trigger
     AFTER TRUNCATE ON claude_sessions
-    FOR EACH STATEMENT EXECUTE FUNCTION close_on_board();
+    FOR EACH STATEMENT EXECUTE FUNCTION forget_heartbeat();
 ALTER TABLE claude_sessions ENABLE ALWAYS TRIGGER claude_sessions_set_back_trigger;
 ALTER TABLE claude_sessions ENABLE ALWAYS TRIGGER claude_sessions_changed_trigger;
 ALTER TABLE claude_sessions ENABLE ALWAYS TRIGGER claude_sessions_deleted_trigger;

@@ -126,8 +126,8 @@ COMMENT ON FUNCTION coordination_check() IS
     'The doctor: one row for each thing that was looked at, with status ok or warning, and for a warning what is the matter and what to do about it.';
 COMMENT ON FUNCTION heartbeat_board() IS
     'The heartbeat board in shared memory, if there is one: for how many sessions of the server it was made (pg_claims.max_sessions), how many it holds, and how many times it had no room for one, which then beat in the table.';
-COMMENT ON FUNCTION forget_heartbeat() IS 'Trigger: the heartbeat board forgets a heartbeat that was set back; an infinite one is refused.';
-COMMENT ON FUNCTION close_on_board() IS 'Trigger: the table answers the next heartbeat of a session that was changed or is gone.';
+COMMENT ON FUNCTION forget_heartbeat() IS 'Trigger: the heartbeat board forgets a heartbeat that was set back, and sessions that are gone; an infinite heartbeat is refused.';
+COMMENT ON FUNCTION close_on_board() IS 'Trigger: the table answers the next heartbeat of a session that was changed.';
 COMMENT ON FUNCTION lease_expires_at(timestamptz, timestamptz, interval, timestamptz) IS
     'When a session with this heartbeat, announced silence, lease of its own and time of claim counts as stale: the one rule of liveness.';
 COMMENT ON FUNCTION claim_reclaimable_at(timestamptz, timestamptz, interval, timestamptz) IS

@@ -40,15 +40,13 @@ pub fn at_commit(work: impl FnOnce() + 'static) {
     }
 }
 
-/// Forgets the session once the transaction has been committed or prepared; for this transaction, at once. What
-/// others ask for meanwhile stays as it is, as this may yet be rolled back.
-pub fn forget_at_commit(table: pg_sys::Oid, session_id: String) {
-    if Board::get().is_some() {
-        let depth = depth();
-        FORGOTTEN.with_borrow_mut(|forgotten| {
-            forgotten.entry(table.to_u32()).or_default().entry(session_id).or_insert(depth);
-        });
-    }
+/// Forgets the session, which the board has, once the transaction has been committed or prepared; for this
+/// process, at once. Others go on seeing it, as this may yet be rolled back.
+pub fn forget(table: pg_sys::Oid, session_id: String) {
+    let depth = depth();
+    FORGOTTEN.with_borrow_mut(|forgotten| {
+        forgotten.entry(table.to_u32()).or_default().entry(session_id).or_insert(depth);
+    });
 }
 
 /// Whether this transaction has had the session forgotten.
@@ -58,7 +56,7 @@ pub fn is_forgotten(table: pg_sys::Oid, session_id: &str) -> bool {
     })
 }
 
-fn forget() {
+fn remove_forgotten() {
     for (table, sessions) in FORGOTTEN.take() {
         for session_id in sessions.keys() {
             Place::of(pg_sys::Oid::from(table), session_id).remove();
@@ -80,12 +78,12 @@ unsafe extern "C-unwind" fn transaction_ends(
     use pg_sys::XactEvent::{XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PREPARE};
     match event {
         XACT_EVENT_COMMIT => {
+            remove_forgotten();
             WANTED.take().into_iter().for_each(|wanted| (wanted.work)());
-            forget();
         }
         XACT_EVENT_PREPARE => {
             WANTED.with_borrow_mut(Vec::clear);
-            forget();
+            remove_forgotten();
         }
         XACT_EVENT_ABORT => {
             WANTED.with_borrow_mut(Vec::clear);
@@ -103,15 +101,17 @@ unsafe extern "C-unwind" fn savepoint_ends(
     _argument: *mut c_void,
 ) {
     use pg_sys::SubXactEvent::{SUBXACT_EVENT_ABORT_SUB, SUBXACT_EVENT_COMMIT_SUB};
+    if event != SUBXACT_EVENT_COMMIT_SUB && event != SUBXACT_EVENT_ABORT_SUB {
+        return;
+    }
     let depth = depth();
-    let stays = |said_at: &mut i32| match event {
-        // From here on it is a matter of what is around the savepoint.
-        SUBXACT_EVENT_COMMIT_SUB => {
-            *said_at = (*said_at).min(depth - 1);
-            true
+    let stays = |said_at: &mut i32| {
+        if event == SUBXACT_EVENT_ABORT_SUB {
+            return *said_at < depth;
         }
-        SUBXACT_EVENT_ABORT_SUB => *said_at < depth,
-        _ => true,
+        // From here on it is a matter of what is around the savepoint.
+        *said_at = (*said_at).min(depth - 1);
+        true
     };
     WANTED.with_borrow_mut(|all| all.retain_mut(|wanted| stays(&mut wanted.depth)));
     FORGOTTEN.with_borrow_mut(|forgotten| {

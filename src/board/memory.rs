@@ -146,9 +146,11 @@ pub fn keep_over_shutdown() {
     if PRELOADED.get() {
         return;
     }
-    let Some(board) = Board::get() else { return };
-    // What a launcher has left that ended before this one.
-    saved::restore(board);
+    if Board::get().is_none() {
+        return;
+    }
+    // Left by a launcher that ended before this one.
+    saved::discard();
     // SAFETY: the callback lives as long as the library; the memory is detached only after it has run.
     unsafe { pg_sys::before_shmem_exit(Some(saved::when_launcher_ends), pg_sys::Datum::null()) };
 }
@@ -306,7 +308,11 @@ fn find() -> Option<Board> {
     #[pgrx::pg_guard]
     extern "C-unwind" fn prepare_board(memory: *mut c_void) {
         // SAFETY: likewise, and nobody else sees it before this has returned.
-        unsafe { prepare(memory, Layout::for_sessions(SIZE.get()), SIZE.get()) };
+        let board = unsafe {
+            prepare(memory, Layout::for_sessions(SIZE.get()), SIZE.get());
+            Board::at(memory)
+        };
+        board.into_iter().for_each(saved::restore);
     }
     fn size_of_board() -> usize {
         let mut found = false;
@@ -335,7 +341,7 @@ fn find() -> Option<Board> {
     }
     let mut found = false;
     // SAFETY: as above; the server maps the memory for as long as the process lives.
-    let board = unsafe {
+    unsafe {
         let memory = pg_sys::GetNamedDSMSegment(
             NAME.as_ptr(),
             Layout::for_sessions(size).size(),
@@ -343,9 +349,5 @@ fn find() -> Option<Board> {
             &mut found,
         );
         Board::at(memory)
-    }?;
-    if !found {
-        saved::restore(board);
     }
-    Some(board)
 }

@@ -15,7 +15,7 @@ use std::cell::Cell;
 use pg_claims_core::board::{Entry, Fullness, Held, Key};
 use pgrx::pg_sys;
 
-pub use at_commit::{at_commit, forget_at_commit};
+pub use at_commit::at_commit;
 use memory::Board;
 pub use memory::keep_over_shutdown;
 
@@ -95,14 +95,28 @@ impl<'a> Place<'a> {
     /// locked, and before its lease is looked at: a heartbeat that came before is seen, one that comes
     /// after waits.
     pub fn close(self) {
+        self.close_if_there();
+    }
+
+    /// The same, and the session's heartbeats do not count any more: at once for this process, and for the others
+    /// once the transaction is committed or prepared.
+    pub fn forget(self) {
+        if self.close_if_there() {
+            at_commit::forget(self.table, self.session_id.to_owned());
+        }
+    }
+
+    fn close_if_there(self) -> bool {
         count_closed();
         let key = self.key();
-        let Some(board) = Board::get() else { return };
-        board.exclusive(&key, |shelf, hash| {
-            if let Some(entry) = shelf.find(&key, hash) {
+        let Some(board) = Board::get() else { return false };
+        board.exclusive(&key, |shelf, hash| match shelf.find(&key, hash) {
+            Some(entry) => {
                 entry.close();
+                true
             }
-        });
+            None => false,
+        })
     }
 
     /// A heartbeat that lies in the future counts as given at `now`; the table answers the next one.
@@ -130,7 +144,7 @@ impl<'a> Place<'a> {
         });
     }
 
-    /// Forgets the session.
+    /// Takes the entry away.
     fn remove(self) {
         let key = self.key();
         let Some(board) = Board::get() else { return };
@@ -149,13 +163,16 @@ impl<'a> Place<'a> {
     }
 }
 
-/// From now on the table answers for all sessions of `table`.
-pub fn close_all(table: pg_sys::Oid) {
-    count_closed();
+/// Forgets all sessions of `table` as [`Place::forget`] does one.
+pub fn forget_all(table: pg_sys::Oid) {
     let Some(board) = Board::get() else { return };
-    board.each_exclusive(|shelf| {
-        shelf.entries().filter(|entry| is_in(entry, table)).for_each(Entry::close);
+    let mut all = Vec::new();
+    board.each_shared(|shelf| {
+        all.extend(shelf.entries().filter(|entry| is_in(entry, table)).map(Entry::session_id));
     });
+    for session_id in &all {
+        Place::of(table, session_id).forget();
+    }
 }
 
 /// Up to `limit` sessions of `table` with their last heartbeat, where that is newer than the one in the

@@ -2,8 +2,8 @@
 //!
 //! A server that shuts down starts no more workers, so what the board has and the tables have not goes
 //! into a file, in the folder where the server keeps its own statistics meanwhile. The postmaster writes it
-//! last of all where the library is preloaded, and otherwise the launcher, when it ends. After a crash there
-//! is none; then every session has one full lease anyway.
+//! last of all where the library is preloaded, and otherwise the launcher, when it ends. Whoever makes the
+//! board reads it. A crash of the server leaves none behind; then every session has one full lease anyway.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -25,7 +25,7 @@ pub extern "C-unwind" fn when_server_ends(code: i32, _nothing: pg_sys::Datum) {
 }
 
 /// When the launcher ends: writes the file, as the server may be shutting down. If it is not, the next launcher
-/// reads it, which tells the board nothing new.
+/// throws it away: the board is still there, and may have forgotten some of it.
 #[pgrx::pg_guard]
 pub extern "C-unwind" fn when_launcher_ends(_code: i32, _nothing: pg_sys::Datum) {
     let mut all = String::new();
@@ -56,7 +56,7 @@ fn write(lines: &str) {
     }
 }
 
-/// Reads the file, if there is one, which is used up with that.
+/// Puts what the file has, if there is one, onto the new board. It is used up with that.
 pub fn restore(board: Board) {
     let lines = match fs::read_to_string(FILE) {
         Ok(lines) => lines,
@@ -66,13 +66,6 @@ pub fn restore(board: Board) {
             return;
         }
     };
-    match fs::remove_file(FILE) {
-        // By somebody who reads it at the same time: each heartbeat counts once even so.
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            pgrx::log!("pg_claims: could not remove \"{FILE}\": {error}");
-        }
-        _ => {}
-    }
     for line in lines.lines() {
         let Some((key, beat_at)) = parsed(line) else {
             pgrx::log!("pg_claims: \"{FILE}\" has a line that is no heartbeat");
@@ -83,6 +76,17 @@ pub fn restore(board: Board) {
                 entry.note(beat_at);
             }
         });
+    }
+    discard();
+}
+
+/// Throws the file away, if there is one.
+pub fn discard() {
+    match fs::remove_file(FILE) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            pgrx::log!("pg_claims: could not remove \"{FILE}\": {error}");
+        }
+        _ => {}
     }
 }
 

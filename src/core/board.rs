@@ -154,9 +154,9 @@ impl Entry {
         self.written_at.load(ORDER)
     }
 
-    /// The table has the heartbeat `at`.
+    /// The table has the heartbeat `at`, unless that lay in the future and does not count any more.
     pub fn set_written(&self, at: i64) {
-        self.written_at.fetch_max(at, ORDER);
+        self.written_at.fetch_max(at.min(self.beat_at.load(ORDER)), ORDER);
     }
 
     /// Records a heartbeat, which only moves forward, of a session of `owner`'s that holds `named`, if
@@ -372,6 +372,8 @@ mod tests {
         entry.set_written(100);
         entry.set_written(60);
         assert_eq!(entry.written_at(), 100);
+        entry.set_written(500);
+        assert_eq!(entry.written_at(), 100, "or heartbeats up to then would not be written");
     }
 
     #[test]

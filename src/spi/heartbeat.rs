@@ -247,7 +247,8 @@ pub fn beat_many(db: &Db<'_>, session_ids: &[String]) -> Result<Vec<(String, Fou
 }
 
 // What another transaction is writing is passed by, and comes with the next. The board is asked once a row is
-// locked: its session may have been forgotten since somebody looked.
+// locked: its session may have been forgotten since somebody looked. It is forgotten a moment after the
+// transaction that asked for it is seen as committed, and what is written in that moment is not forgotten.
 static WRITE: Statement = Statement::new(
     |c| {
         format!(
@@ -259,8 +260,8 @@ static WRITE: Statement = Statement::new(
                   written AS (
                  UPDATE {x}.claude_sessions s SET heartbeat_at = {latest}
                    FROM free WHERE s.session_id = free.session_id
-              RETURNING s.session_id, s.heartbeat_at)
-             SELECT asked.session_id, w.heartbeat_at, s.session_id IS NULL
+              RETURNING s.session_id)
+             SELECT asked.session_id, w.session_id IS NOT NULL, s.session_id IS NULL
                FROM pg_catalog.unnest($1) AS asked (session_id)
                LEFT JOIN written w ON w.session_id = asked.session_id
                LEFT JOIN {x}.claude_sessions s
@@ -333,15 +334,14 @@ pub fn write(db: &Db<'_>, unwritten: &[(String, i64)]) -> Result<Written> {
     let mut outcome = HashMap::new();
     while rows.next().is_some() {
         let session_id = rows.required_text(1, "claude_sessions.session_id")?;
-        outcome.insert(session_id, (rows.instant(2)?, rows.flag(3)?));
+        outcome.insert(session_id, (rows.flag(2)?, rows.flag(3)?));
     }
     for (session_id, at) in unwritten {
         match outcome.get(session_id) {
-            Some((Some(written), _)) => {
-                done.written.push((session_id.clone(), time::to_microseconds(*written)));
-            }
+            // Also where a trigger of the user's has made it less: it would not do otherwise the next time.
+            Some((true, _)) => done.written.push((session_id.clone(), *at)),
             // A snapshot that the transaction keeps may not show a session that has come since.
-            Some((None, true)) if !time::has_transaction_snapshot() => {
+            Some((false, true)) if !time::has_transaction_snapshot() => {
                 done.gone.push((session_id.clone(), *at));
             }
             _ => {}

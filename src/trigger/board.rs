@@ -10,47 +10,38 @@ use crate::error::{ClaimError, Result};
 use crate::spi::row::Row as _;
 use crate::spi::table::layout::sessions as column;
 
-/// The table alone says when the session last beat, and answers its next heartbeat: at once for whoever has set it
-/// back, and for the others once that is committed.
+/// Forgets the heartbeats of a session whose heartbeat was set back or which was deleted; after a TRUNCATE, of all.
 #[pg_trigger]
 pub fn forget_heartbeat<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
     run(|| {
         if let Some(new) = SessionTuple::of(trigger, Side::New) {
             check_finite(&new)?;
         }
-        if let Some(session_id) = session_of(trigger) {
-            let table = trigger.relid()?;
-            Place::of(table, &session_id).close();
-            board::forget_at_commit(table, session_id);
+        let table = trigger.relid()?;
+        match id_in(trigger, Side::Old)? {
+            Some(session_id) => Place::of(table, &session_id).forget(),
+            None => board::forget_all(table),
         }
         Ok(None)
     })
 }
 
-/// The table answers the next heartbeats of a session that was changed or is gone, or of all. Their last
-/// ones are kept: this may yet be rolled back.
+/// The table answers the next heartbeat of a session that was changed. Its last one is kept, unless that was
+/// another session's: one that has been given another id.
 #[pg_trigger]
 pub fn close_on_board<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
     run(|| {
-        match session_of(trigger) {
-            Some(session_id) => Place::of(trigger.relid()?, &session_id).close(),
-            None => board::close_all(trigger.relid()?),
+        let (old, new) = (id_in(trigger, Side::Old)?, id_in(trigger, Side::New)?);
+        if let Some(session_id) = &old {
+            let place = Place::of(trigger.relid()?, session_id);
+            if old == new { place.close() } else { place.forget() }
         }
         Ok(None)
     })
 }
 
-/// A new session has not beaten as often as one of its id that was deleted. Once it is committed: the
-/// deletion may yet be rolled back.
-pub(super) fn forget_predecessor(table: pg_sys::Oid, session_id: &str) {
-    if let Some(before) = Place::of(table, session_id).latest() {
-        let session_id = session_id.to_owned();
-        board::at_commit(move || Place::of(table, &session_id).remove_if_over(before));
-    }
-}
-
-fn session_of(trigger: &PgTrigger<'_>) -> Option<String> {
-    SessionTuple::of(trigger, Side::Old)?.text(column::SESSION_ID).ok()?
+fn id_in(trigger: &PgTrigger<'_>, side: Side) -> Result<Option<String>> {
+    SessionTuple::of(trigger, side).map_or(Ok(None), |row| row.text(column::SESSION_ID))
 }
 
 /// An infinite heartbeat would be immortal, or stale for ever.

@@ -3,7 +3,6 @@
 use pgrx::PgSqlErrorCode;
 use pgrx::prelude::*;
 
-use super::board::forget_predecessor;
 use super::{Row, is_restoring, run, session_rows};
 use crate::error::ClaimError;
 use crate::spi::{Db, claim, session, time};
@@ -12,9 +11,6 @@ use crate::spi::{Db, claim, session, time};
 pub fn record_claim_history<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
     run(|| {
         let (old, new) = session_rows(trigger)?;
-        if let (None, Some(new)) = (&old, &new) {
-            forget_predecessor(trigger.relid()?, &new.session_id);
-        }
         Db::connect(|db| match (&old, &new) {
             (None, Some(_)) if is_restoring() => Ok(()),
             (None, Some(new)) => claim::follow_insert(db, new),

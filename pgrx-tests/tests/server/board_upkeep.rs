@@ -1,5 +1,6 @@
 //! What of the heartbeat board reaches the table, what stays over a shutdown, and what is forgotten.
 
+use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -7,7 +8,7 @@ use pg_claims_tests::{Stop, json, wait_until};
 
 use crate::board::{boarded, entries, heartbeats, is_on_board, needs_no_preloading, places};
 use crate::support::*;
-use crate::worker::{PRELOAD, connect, launcher, served};
+use crate::worker::{PRELOAD, connect, is_free, launcher, served};
 
 #[test]
 fn the_worker_writes_the_board_to_the_table_and_clears_it() {
@@ -84,8 +85,7 @@ fn without_a_worker_cleaning_up_writes_all_of_the_board_once_and_clears_it() {
     assert_eq!(places(&mut c), before, "written again");
 
     c.batch_execute(
-        "SELECT end_session(session_id) FROM claude_sessions WHERE session_id LIKE 'many-1%';
-         DELETE FROM claude_sessions WHERE session_id LIKE 'many-%'",
+        "SELECT end_session(session_id) FROM claude_sessions WHERE session_id LIKE 'many-%'",
     )
     .unwrap();
     assert!(entries(&mut c) >= 1500);
@@ -97,18 +97,36 @@ fn without_a_worker_cleaning_up_writes_all_of_the_board_once_and_clears_it() {
 #[test]
 fn a_session_that_is_put_back_by_hand_has_the_heartbeat_that_it_is_given() {
     let (server, mut c) = boarded("board-ghost", &[]);
-    for _ in 0..2 {
-        beat(&mut c, "s1");
+    let delete = "DELETE FROM claude_sessions WHERE session_id = 's1'";
+    let rename = "UPDATE claude_sessions SET session_id = 's1-renamed' WHERE session_id = 's1'";
+    let (replica, origin) =
+        ("SET session_replication_role = replica", "RESET session_replication_role");
+    let put_back = "INSERT INTO claude_sessions SELECT * FROM kept";
+    let ways: [&[&str]; 6] = [
+        &[delete, put_back],
+        &["BEGIN", delete, put_back, "COMMIT"],
+        &["BEGIN", "SAVEPOINT s", delete, "RELEASE s", put_back, "COMMIT"],
+        &[replica, delete, put_back, origin],
+        // Nobody else may.
+        &[replica, rename, put_back, origin],
+        &["TRUNCATE claude_sessions, sd_claims", put_back],
+    ];
+    for way in ways {
+        for _ in 0..2 {
+            beat(&mut c, "s1");
+        }
+        let (in_table, counts) = heartbeats(&mut c, "s1");
+        assert!(counts > in_table, "{way:?}");
+        c.batch_execute(
+            "DROP TABLE IF EXISTS kept;
+             CREATE TABLE kept AS SELECT * FROM claude_sessions WHERE session_id = 's1'",
+        )
+        .unwrap();
+        for step in way {
+            c.batch_execute(step).unwrap();
+        }
+        assert_eq!(heartbeats(&mut c, "s1"), (in_table, in_table), "{way:?}");
     }
-    let (in_table, counts) = heartbeats(&mut c, "s1");
-    assert!(counts > in_table);
-    c.batch_execute(
-        "CREATE TABLE kept AS SELECT * FROM claude_sessions WHERE session_id = 's1';
-         DELETE FROM claude_sessions WHERE session_id = 's1';
-         INSERT INTO claude_sessions SELECT * FROM kept",
-    )
-    .unwrap();
-    assert_eq!(heartbeats(&mut c, "s1"), (in_table, in_table));
     server.discard().unwrap();
 }
 
@@ -213,31 +231,63 @@ fn a_heartbeat_set_back_counts_at_once_in_its_transaction_and_elsewhere_once_com
 }
 
 #[test]
-fn without_preloading_a_shutdown_and_the_end_of_the_launcher_keep_what_the_board_had() {
+fn without_preloading_a_shutdown_keeps_what_the_board_had_once() {
     let (server, mut c) = served("board-dynamic-restart", &["autovacuum = off"]);
     let has_board = needs_no_preloading(&mut c);
-    let is_kept = || server.data().join("pg_stat/pg_claims.board").exists();
+    let file = server.data().join("pg_stat/pg_claims.board");
     granted(&mut c, "SD-1", "s1");
     for _ in 0..2 {
         beat(&mut c, "s1");
     }
     let seen = heartbeats(&mut c, "s1");
     assert_eq!(seen.1 > seen.0, has_board);
-    launcher(&mut c);
+    wait_until("the launcher to have got as far as to start a worker", || {
+        value(&mut c, "SELECT last_run_at FROM v_worker_health").is_some()
+    });
     server.stop(Stop::Fast).unwrap();
-    assert_eq!(is_kept(), has_board);
+    let kept = file.exists().then(|| fs::read(&file).unwrap());
+    assert_eq!(kept.is_some(), has_board);
     server.start().unwrap();
     let mut c = connect(&server, "postgres");
     assert_eq!(heartbeats(&mut c, "s1"), seen);
-    assert!(!is_kept());
+    assert!(!file.exists());
+    // Which brings the launcher back.
     assert_eq!(beat(&mut c, "s1")["sd_id"], "SD-1");
-    // One that ends alone leaves nothing behind that a later start could take for new.
+    // What a launcher leaves that ends alone is nothing new, and may be about what has been forgotten since.
+    age_heartbeat(&mut c, "s1", "1 hour");
     let pid = launcher(&mut c);
+    if let Some(kept) = kept {
+        fs::write(&file, kept).unwrap();
+    }
     c.execute("SELECT pg_terminate_backend($1)", &[&pid]).unwrap();
-    wait_until("the next launcher to have read it", || {
+    wait_until("the next launcher to have begun", || launcher(&mut c) != pid && !file.exists());
+    let (in_table, counts) = heartbeats(&mut c, "s1");
+    assert_eq!(in_table, counts);
+    assert!(counts < seen.0);
+    server.discard().unwrap();
+}
+
+#[test]
+fn a_trigger_that_shortens_heartbeats_keeps_the_worker_from_nothing() {
+    let (server, mut c) = served("board-shortened", &[PRELOAD, "autovacuum = off"]);
+    c.batch_execute(
+        "CREATE FUNCTION shorten() RETURNS trigger LANGUAGE plpgsql AS
+         $$ BEGIN NEW.heartbeat_at := date_trunc('second', NEW.heartbeat_at); RETURN NEW; END $$;
+         CREATE TRIGGER shorten BEFORE UPDATE ON claude_sessions
+         FOR EACH ROW EXECUTE FUNCTION shorten()",
+    )
+    .unwrap();
+    granted(&mut c, "SD-1", "s2");
+    // The first one goes back to a time before the session was there, and one of the next onto the board.
+    for _ in 0..3 {
         beat(&mut c, "s1");
-        launcher(&mut c) != pid && !is_kept()
-    });
+    }
+    let (in_table, counts) = heartbeats(&mut c, "s1");
+    assert!(counts > in_table);
+    // From now on its heartbeat is to be written, and is later than what the table will have.
+    granted(&mut c, "SD-3", "s1");
+    age_heartbeat(&mut c, "s2", "1 hour");
+    wait_until("the stale session to be reaped", || is_free(&mut c, "SD-1"));
     server.discard().unwrap();
 }
 

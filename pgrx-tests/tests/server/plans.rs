@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use pg_claims_tests::{TestDb, is_watched, watch};
+use pg_claims_tests::{TestDb, is_watched, json, watch};
 use postgres::{Client, NoTls};
 
 use crate::support::*;
@@ -167,6 +167,39 @@ fn hot_statements_run_on_kept_plans() {
     }
     let again = plans(&mut planner);
     assert!(again.is_empty(), "planned for each call:\n{}", again.join("\n\n"));
+}
+
+#[test]
+fn within_a_transaction_the_catalogue_is_asked_once_and_not_by_each_call() {
+    const CYCLES: i64 = 20;
+    let (_db, mut c) = coordinated();
+    let cycle = |c: &mut Client| {
+        granted(c, "SD-1", "s1");
+        assert_eq!(claim(c, "SD-1", "s2")["error"], "already_claimed");
+        beat(c, "s1");
+        release(c, "s1");
+        assert_eq!(json(c, "SELECT claim_next_sd('s2')", &[])["success"], true);
+        release(c, "s2");
+    };
+    let scans = |c: &mut Client| {
+        count(c, "SELECT sum(seq_scan + idx_scan)::bigint FROM pg_stat_xact_sys_tables")
+    };
+    // The counts are those of one transaction. Plans are kept from the sixth time on.
+    c.batch_execute("BEGIN").unwrap();
+    for _ in 0..10 {
+        cycle(&mut c);
+    }
+    assert!(scans(&mut c) > CYCLES, "nothing is counted");
+    // What others do meanwhile may make every connection look anew, but not each time.
+    let asked = (0..5).map(|_| {
+        let before = scans(&mut c);
+        let own = scans(&mut c) - before;
+        for _ in 0..CYCLES {
+            cycle(&mut c);
+        }
+        scans(&mut c) - before - 2 * own
+    });
+    assert_eq!(asked.min(), Some(0));
 }
 
 #[test]

@@ -409,15 +409,15 @@ impl Bench {
                 2 => Some(Sending::begin(&self.server, database, bytes_per_second)?),
                 _ => None,
             };
-            let rate = side.run(&self.plan.folder, self.plan.seconds)?;
+            let rate = side.run(&self.plan.folder, self.plan.seconds);
+            sending.map_or(Ok(()), Sending::stop)?;
             if how == 0 {
                 let bytes = (listening.bytes() - before.1) as f64;
                 bytes_per_second = bytes / begin.elapsed().as_secs_f64();
             }
-            sending.map_or(Ok(()), Sending::stop)?;
             heard[how] += listening.events() - before.0;
             all[how] += events()? - before.2;
-            Ok(rate)
+            rate
         })?;
         listening.settle(&mut control)?;
         listening.stop()?;

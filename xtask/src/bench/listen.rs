@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, ensure};
 use pg_claims_tests::Server;
 use postgres::Client;
 use postgres::fallible_iterator::FallibleIterator as _;
@@ -107,6 +107,7 @@ impl Sending {
         const PACE: Duration = Duration::from_millis(300);
         const LENGTH: i32 = 7900;
         let messages = bytes_per_second * PACE.as_secs_f64() / f64::from(LENGTH);
+        ensure!(messages >= 1.0, "too little was announced to send as much");
         let over = Arc::new(AtomicBool::new(false));
         let is_over = Arc::clone(&over);
         let mut client = connect(server, database)?;
