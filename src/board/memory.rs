@@ -143,10 +143,7 @@ extern "C-unwind" fn startup_hook() {
 
 /// In the launcher: keeps the board over a shutdown, unless the postmaster does.
 pub fn keep_over_shutdown() {
-    if PRELOADED.get() {
-        return;
-    }
-    if Board::get().is_none() {
+    if PRELOADED.get() || Board::get().is_none() {
         return;
     }
     // Left by a launcher that ended before this one.

@@ -94,29 +94,23 @@ impl<'a> Place<'a> {
     /// From now on the table answers, as what the session holds is about to change. Once its row is
     /// locked, and before its lease is looked at: a heartbeat that came before is seen, one that comes
     /// after waits.
-    pub fn close(self) {
-        self.close_if_there();
+    /// Returns whether the session is on the board.
+    pub fn close(self) -> bool {
+        count_closed();
+        let key = self.key();
+        let Some(board) = Board::get() else { return false };
+        board.exclusive(&key, |shelf, hash| {
+            let entry = shelf.find(&key, hash);
+            entry.inspect(|entry| entry.close()).is_some()
+        })
     }
 
     /// The same, and the session's heartbeats do not count any more: at once for this process, and for the others
     /// once the transaction is committed or prepared.
     pub fn forget(self) {
-        if self.close_if_there() {
+        if self.close() {
             at_commit::forget(self.table, self.session_id.to_owned());
         }
-    }
-
-    fn close_if_there(self) -> bool {
-        count_closed();
-        let key = self.key();
-        let Some(board) = Board::get() else { return false };
-        board.exclusive(&key, |shelf, hash| match shelf.find(&key, hash) {
-            Some(entry) => {
-                entry.close();
-                true
-            }
-            None => false,
-        })
     }
 
     /// A heartbeat that lies in the future counts as given at `now`; the table answers the next one.

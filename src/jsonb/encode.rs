@@ -1,10 +1,4 @@
-//! The form in which PostgreSQL stores jsonb (src/include/utils/jsonb.h): since 9.4 the same, as upgrades keep
-//! tables as they are.
-//!
-//! A container is a head with the number of its elements, then an entry for each, then what they are. An entry
-//! says of which kind an element is and how long, or, every so often, where it ends. An object has first all its
-//! keys, by length and then by their bytes, and then their values. Numbers and containers begin at a multiple of
-//! four bytes.
+//! Writing what serde tells in the server's form.
 
 use std::borrow::Cow;
 use std::ffi::CString;
@@ -15,22 +9,10 @@ use pgrx::pg_sys;
 use serde::ser::{self, Error as _, Serialize, Serializer};
 use serde_json::{Error, Result};
 
-const IS_STRING: u32 = 0x0000_0000;
-const IS_NUMERIC: u32 = 0x1000_0000;
-const IS_FALSE: u32 = 0x2000_0000;
-const IS_TRUE: u32 = 0x3000_0000;
-const IS_NULL: u32 = 0x4000_0000;
-const IS_CONTAINER: u32 = 0x5000_0000;
-/// An entry with this says where its element ends instead of how long it is.
-const HAS_OFFSET: u32 = 0x8000_0000;
-/// The longest that an entry can tell.
-const MAX_LENGTH: usize = 0x0FFF_FFFF;
-/// Every so many entries one has an offset.
-const OFFSET_STRIDE: usize = 32;
-
-const IS_SCALAR: u32 = 0x1000_0000;
-const IS_OBJECT: u32 = 0x2000_0000;
-const IS_ARRAY: u32 = 0x4000_0000;
+use super::layout::{
+    IS_ARRAY, IS_CONTAINER, IS_FALSE, IS_NULL, IS_NUMERIC, IS_OBJECT, IS_SCALAR, IS_STRING,
+    IS_TRUE, Node, assemble, head,
+};
 
 /// How serde tells a number of any precision.
 const NUMBER: &str = "$serde_json::private::Number";
@@ -47,92 +29,6 @@ pub fn encode<T: Serialize + ?Sized>(value: &T) -> Result<Vec<u8>> {
     }
     assemble(&mut bytes, 0, IS_ARRAY | IS_SCALAR, iter::empty(), iter::once(node))?;
     Ok(bytes)
-}
-
-/// Whether these are an object's.
-pub fn is_object(bytes: &[u8]) -> bool {
-    head(bytes).is_some_and(|head| head & IS_OBJECT != 0)
-}
-
-fn head(bytes: &[u8]) -> Option<u32> {
-    bytes.first_chunk().map(|head| u32::from_ne_bytes(*head))
-}
-
-/// A value whose bytes have been written somewhere, without any padding in front.
-#[derive(Debug, Clone, Copy)]
-struct Node {
-    kind: u32,
-    begin: usize,
-    end: usize,
-}
-
-impl Node {
-    fn is_aligned(self) -> bool {
-        matches!(self.kind, IS_NUMERIC | IS_CONTAINER)
-    }
-}
-
-/// Puts a container together from `keys`, if it is an object, and `values`, in their order, and in the place of
-/// everything from `begin` on.
-fn assemble<'k>(
-    bytes: &mut Vec<u8>,
-    begin: usize,
-    kind: u32,
-    keys: impl ExactSizeIterator<Item = &'k str>,
-    values: impl ExactSizeIterator<Item = Node>,
-) -> Result<Node> {
-    let count = u32::try_from(values.len()).ok().filter(|count| *count < IS_SCALAR);
-    let count = count.ok_or_else(too_large)?;
-    // Behind what it is made of, which is then dropped.
-    let whole = bytes.len();
-    bytes.extend_from_slice(&(kind | count).to_ne_bytes());
-    let mut entries = Entries { begin: bytes.len(), at: 0 };
-    bytes.resize(entries.begin + 4 * (keys.len() + values.len()), 0);
-    let elements = bytes.len();
-    for key in keys {
-        let start = bytes.len() - elements;
-        bytes.extend_from_slice(key.as_bytes());
-        let end = bytes.len() - elements;
-        entries.add(bytes, IS_STRING, start, end)?;
-    }
-    for value in values {
-        let start = bytes.len() - elements;
-        if value.is_aligned() {
-            bytes.resize(elements + start.next_multiple_of(4), 0);
-        }
-        bytes.extend_from_within(value.begin..value.end);
-        let end = bytes.len() - elements;
-        entries.add(bytes, value.kind, start, end)?;
-    }
-    bytes.drain(begin..whole);
-    Ok(Node { kind: IS_CONTAINER, begin, end: bytes.len() })
-}
-
-/// A container's entries, for which there is room from `begin` on.
-struct Entries {
-    begin: usize,
-    at: usize,
-}
-
-impl Entries {
-    /// The next one: of an element from `start` to `end` among all.
-    fn add(&mut self, bytes: &mut [u8], kind: u32, start: usize, end: usize) -> Result<()> {
-        if end > MAX_LENGTH {
-            return Err(too_large());
-        }
-        let entry = if self.at.is_multiple_of(OFFSET_STRIDE) {
-            kind | HAS_OFFSET | end as u32
-        } else {
-            kind | (end - start) as u32
-        };
-        bytes[self.begin + 4 * self.at..][..4].copy_from_slice(&entry.to_ne_bytes());
-        self.at += 1;
-        Ok(())
-    }
-}
-
-fn too_large() -> Error {
-    Error::custom("the answer is too large for jsonb")
 }
 
 /// Takes text without a look at what it takes it for: the characters of a time come one by one.

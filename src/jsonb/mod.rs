@@ -1,6 +1,7 @@
 //! JSON for the server, without the way through a text that the server would parse, or through a tree.
 
 mod encode;
+mod layout;
 
 use pgrx::callconv::{Arg, ArgAbi, BoxRet, FcInfo};
 use pgrx::pgrx_sql_entity_graph::metadata::{
@@ -24,7 +25,7 @@ impl Jsonb {
 
     /// Whether it is an object.
     pub fn is_object(&self) -> bool {
-        encode::is_object(&self.0)
+        layout::is_object(&self.0)
     }
 }
 

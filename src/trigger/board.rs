@@ -34,7 +34,11 @@ pub fn close_on_board<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
         let (old, new) = (id_in(trigger, Side::Old)?, id_in(trigger, Side::New)?);
         if let Some(session_id) = &old {
             let place = Place::of(trigger.relid()?, session_id);
-            if old == new { place.close() } else { place.forget() }
+            if old == new {
+                place.close();
+            } else {
+                place.forget();
+            }
         }
         Ok(None)
     })
