@@ -191,7 +191,7 @@ fn within_a_transaction_the_catalogue_is_asked_once_and_not_by_each_call() {
     }
     assert!(scans(&mut c) > CYCLES, "nothing is counted");
     // What others do meanwhile may make every connection look anew, but not each time.
-    let asked = (0..5).map(|_| {
+    let mut asked = (0..50).map(|_| {
         let before = scans(&mut c);
         let own = scans(&mut c) - before;
         for _ in 0..CYCLES {
@@ -199,7 +199,7 @@ fn within_a_transaction_the_catalogue_is_asked_once_and_not_by_each_call() {
         }
         scans(&mut c) - before - 2 * own
     });
-    assert_eq!(asked.min(), Some(0));
+    assert!(asked.any(|times| times == 0), "the catalogue is asked by each call");
 }
 
 #[test]

@@ -148,6 +148,13 @@ pub fn assert_in_step(client: &mut Client) {
     assert!(disagreements.is_empty(), "{disagreements:#?}");
 }
 
+/// Whether a statement writes WAL, whichever functions and triggers do. Counted is what this
+/// connection writes, not what others of the server do meanwhile.
+pub fn writes_wal(c: &mut Client, sql: &str) -> bool {
+    let plan = c.query(&format!("EXPLAIN (ANALYZE, WAL) {sql}"), &[]).unwrap();
+    plan.iter().any(|row| row.get::<_, String>(0).contains("WAL:"))
+}
+
 /// How many pages a call reads, whichever functions and triggers do.
 pub fn pages(c: &mut Client, call: &str) -> u64 {
     let plan =
