@@ -33,6 +33,48 @@ impl Role {
 thread_local! {
     /// The backlog's owner, while its triggers may be running.
     static ACTING: Cell<Option<pg_sys::Oid>> = const { Cell::new(None) };
+    /// The rights from before that, while nobody has taken the extension's again.
+    static BEFORE: Cell<Option<Rights>> = const { Cell::new(None) };
+}
+
+/// A role and the server's flags that say what it may do.
+#[derive(Clone, Copy)]
+struct Rights {
+    role: pg_sys::Oid,
+    context: i32,
+}
+
+impl Rights {
+    fn current() -> Self {
+        let mut rights = Self { role: pg_sys::Oid::INVALID, context: 0 };
+        // SAFETY: reads the backend's user id and context flags.
+        unsafe { pg_sys::GetUserIdAndSecContext(&mut rights.role, &mut rights.context) };
+        rights
+    }
+
+    fn set(self) {
+        // SAFETY: whoever calls puts back what was before, on an error's unwinding as well.
+        unsafe { pg_sys::SetUserIdAndSecContext(self.role, self.context) };
+    }
+}
+
+/// The rights from before acting as a backlog's owner, until it is dropped: for what that owner may not read. The
+/// current ones otherwise.
+pub struct Unacting(Rights);
+
+impl Unacting {
+    /// Begins.
+    pub fn new() -> Self {
+        let now = Rights::current();
+        BEFORE.get().unwrap_or(now).set();
+        Self(now)
+    }
+}
+
+impl Drop for Unacting {
+    fn drop(&mut self) {
+        self.0.set();
+    }
 }
 
 /// The calling role.
@@ -64,8 +106,8 @@ const RESTRICTION: i32 = 0;
 /// Acts as another role until it is dropped.
 pub struct ActingAs {
     acting: Option<pg_sys::Oid>,
-    role: pg_sys::Oid,
-    context: i32,
+    before: Option<Rights>,
+    rights: Rights,
     _search_path: LocalSettings,
 }
 
@@ -80,22 +122,17 @@ impl ActingAs {
     /// security is not applied even where it is forced on the owner, because a mirror that misses
     /// rows would lie.
     pub fn table_owner(role: pg_sys::Oid, search_path: &std::ffi::CStr) -> Self {
-        let mut previous = pg_sys::Oid::INVALID;
-        let mut context = 0;
         let search_path = LocalSettings::new(&[(c"search_path", search_path)]);
-        // SAFETY: the calls read and write the backend's user id and context flags; the previous values
-        // are put back on drop, which runs on an error's unwinding as well.
-        unsafe {
-            pg_sys::GetUserIdAndSecContext(&mut previous, &mut context);
-            pg_sys::SetUserIdAndSecContext(
-                role,
-                context
-                    | RESTRICTION
-                    | pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32
-                    | pg_sys::SECURITY_NOFORCE_RLS as i32,
-            );
-            let acting = ACTING.replace(Some(role));
-            Self { acting, role: previous, context, _search_path: search_path }
+        let rights = Rights::current();
+        let flags = RESTRICTION
+            | pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32
+            | pg_sys::SECURITY_NOFORCE_RLS as i32;
+        Rights { role, context: rights.context | flags }.set();
+        Self {
+            acting: ACTING.replace(Some(role)),
+            before: BEFORE.replace(Some(rights)),
+            rights,
+            _search_path: search_path,
         }
     }
 }
@@ -106,11 +143,8 @@ impl ActingAs {
     pub fn extension_owner(function: pg_sys::Oid) -> Result<Self> {
         let search_path =
             LocalSettings::keeping_others(&[(c"search_path", c"pg_catalog, pg_temp")]);
-        let mut previous = pg_sys::Oid::INVALID;
-        let mut context = 0;
-        // SAFETY: reads the function's entry in the catalogue, which is there while it runs; then as in
-        // `table_owner`.
-        unsafe {
+        // SAFETY: reads the function's entry in the catalogue, which is there while it runs.
+        let owner = unsafe {
             let entry = pg_sys::SearchSysCache1(
                 pg_sys::SysCacheIdentifier::PROCOID as i32,
                 function.into(),
@@ -120,21 +154,24 @@ impl ActingAs {
             }
             let owner = (*pg_sys::GETSTRUCT(entry).cast::<pg_sys::FormData_pg_proc>()).proowner;
             pg_sys::ReleaseSysCache(entry);
-            pg_sys::GetUserIdAndSecContext(&mut previous, &mut context);
-            pg_sys::SetUserIdAndSecContext(
-                owner,
-                context | pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32,
-            );
-        }
-        let acting = ACTING.get();
-        Ok(Self { acting, role: previous, context, _search_path: search_path })
+            owner
+        };
+        let rights = Rights::current();
+        let flags = pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32;
+        Rights { role: owner, context: rights.context | flags }.set();
+        Ok(Self {
+            acting: ACTING.get(),
+            before: BEFORE.replace(None),
+            rights,
+            _search_path: search_path,
+        })
     }
 }
 
 impl Drop for ActingAs {
     fn drop(&mut self) {
         ACTING.set(self.acting);
-        // SAFETY: puts back what `table_owner` or `extension_owner` found.
-        unsafe { pg_sys::SetUserIdAndSecContext(self.role, self.context) };
+        BEFORE.set(self.before);
+        self.rights.set();
     }
 }

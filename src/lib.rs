@@ -5,6 +5,7 @@
 //! `trigger` call `spi`, `spi` uses `board` and `core`; nothing points back up.
 
 mod api;
+mod attempt;
 mod board;
 mod error;
 mod guc;

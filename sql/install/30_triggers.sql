@@ -43,13 +43,14 @@ CREATE TRIGGER sd_claims_protect_delete_trigger
 -- The heartbeat board is kept in step with every write, also a replicated one. Whoever sets a heartbeat
 -- back means it: the board forgets it, as heartbeats only move forward. So it does with a session that is
 -- gone, or one of the same id would have its heartbeats. An infinite one is refused: its session would be
--- immortal, or stale for ever.
+-- immortal, or stale for ever. The table itself may be behind the board, so that what sets back there may be
+-- a step forward here.
 CREATE TRIGGER claude_sessions_set_back_trigger
     AFTER UPDATE OF heartbeat_at ON claude_sessions
-    FOR EACH ROW WHEN (NEW.heartbeat_at < OLD.heartbeat_at OR NEW.heartbeat_at = 'infinity')
+    FOR EACH ROW WHEN (NEW.heartbeat_at <> OLD.heartbeat_at OR NEW.heartbeat_at = 'infinity')
     EXECUTE FUNCTION forget_heartbeat();
 CREATE TRIGGER claude_sessions_changed_trigger
-    AFTER UPDATE OF session_id, sd_id, claim_id, status, owner_role ON claude_sessions
+    AFTER UPDATE OF session_id, sd_id, claim_id, status, owner_role, stale_after ON claude_sessions
     FOR EACH ROW EXECUTE FUNCTION close_on_board();
 CREATE TRIGGER claude_sessions_deleted_trigger
     AFTER DELETE ON claude_sessions

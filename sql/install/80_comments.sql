@@ -115,7 +115,7 @@ COMMENT ON FUNCTION get_heartbeat_stats() IS
 COMMENT ON FUNCTION force_heartbeat(text) IS
     'Records a sign of life now, like update_session_heartbeat; resets the failures if this connection''s heartbeat runs for the session.';
 COMMENT ON FUNCTION cleanup_stale_sessions(integer, integer) IS
-    'What the worker does by itself: ends the claims of stale sessions, up to p_batch_size, and puts events in order. A threshold only makes it more patient: a live session is never reaped. Returns success, stale_sessions_cleaned, cleaned_at.';
+    'What the worker does by itself: ends the claims of stale sessions, up to p_batch_size, and puts events in order. A threshold only makes it more patient: a live session is never reaped. What fails does not keep the rest. Returns success (whether nothing failed), stale_sessions_cleaned, failed, failures (the first ten: session_id, sd_id, error), cleaned_at.';
 COMMENT ON FUNCTION prune_history(integer) IS
     'What the worker does by itself: removes ended claims, ended sessions and events older than pg_claims.history_retention; never an open claim. Returns how many of each.';
 COMMENT ON FUNCTION lifecycle_events_since(bigint, integer) IS

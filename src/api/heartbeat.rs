@@ -13,7 +13,7 @@ use pgrx::prelude::*;
 use super::{answer, check_may_act_for, may_act_for_all, running, shared};
 use crate::error::{ClaimError, Result, checked_id};
 use crate::guc;
-use crate::identity;
+use crate::identity::{self, Role};
 use crate::jsonb::Jsonb;
 use crate::spi::heartbeat::{self, Found};
 use crate::spi::{Db, claim, session, time};
@@ -105,27 +105,40 @@ fn heartbeat_sessions(p_session_ids: Option<Vec<Option<String>>>) -> Result<Json
         }
     }
     let caller = identity::caller()?;
-    let mut answers: Vec<Option<BeatOrRefusal>> = session_ids
-        .iter()
-        .map(|id| heartbeat::beat_on_board(id, caller, None).map(BeatOrRefusal::Beat))
-        .collect();
-    let rest: Vec<String> = session_ids
-        .into_iter()
-        .zip(&answers)
-        .filter(|(_, answer)| answer.is_none())
-        .map(|(session_id, _)| session_id)
-        .collect();
-    if !rest.is_empty() {
-        let mut of_rest = Db::connect(|db| beat_all(db, &rest))?.into_iter();
-        for answer in answers.iter_mut().filter(|answer| answer.is_none()) {
-            *answer = of_rest.next();
-        }
+    let mut answers: Vec<Option<BeatOrRefusal>> = session_ids.iter().map(|_| None).collect();
+    beat_all_on_board(&session_ids, &mut answers, caller);
+    if answers.iter().any(Option::is_none) {
+        Db::connect(|db| {
+            // A connection that has not looked yet, or not since a change, learns where the sessions are.
+            db.catalog()?;
+            beat_all_on_board(&session_ids, &mut answers, caller);
+            let rest = session_ids.iter().zip(&answers).filter(|(_, answer)| answer.is_none());
+            let rest: Vec<String> = rest.map(|(session_id, _)| session_id.clone()).collect();
+            let mut of_rest = beat_all(db, &rest)?.into_iter();
+            for answer in answers.iter_mut().filter(|answer| answer.is_none()) {
+                *answer = of_rest.next();
+            }
+            Ok(())
+        })?;
     }
     Ok(answer(Ok(Beats::new(answers.into_iter().flatten().collect())))?)
 }
 
+/// The heartbeats that need no table, of those sessions that have no answer yet.
+fn beat_all_on_board(session_ids: &[String], answers: &mut [Option<BeatOrRefusal>], caller: Role) {
+    for (session_id, answer) in session_ids.iter().zip(answers) {
+        if answer.is_none() {
+            let beat = heartbeat::beat_on_board(session_id, caller, None);
+            *answer = beat.map(BeatOrRefusal::Beat);
+        }
+    }
+}
+
 /// The heartbeats that the table must record, in the order of the question.
 fn beat_all(db: &Db<'_>, session_ids: &[String]) -> Result<Vec<BeatOrRefusal>> {
+    if session_ids.is_empty() {
+        return Ok(Vec::new());
+    }
     may_act_for_all(db, session_ids)?;
     let mut answers = Vec::with_capacity(session_ids.len());
     for (session_id, found) in heartbeat::beat_many(db, session_ids)? {

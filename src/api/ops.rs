@@ -3,8 +3,11 @@
 use chrono::TimeDelta;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
+use pgrx::{PgLogLevel, PgSqlErrorCode};
+use serde::Serialize;
 use serde_json::json;
 
+use crate::attempt::each_or_halves;
 use crate::error::{ClaimError, Result};
 use crate::guc;
 use crate::jsonb::Jsonb;
@@ -36,22 +39,73 @@ fn cleanup_stale_sessions(
     let policy = Policy { reap: true, min_silence: TimeDelta::seconds(i64::from(threshold)) };
     // The worker passes by what this holds, and must look again afterwards.
     wake::at_commit();
-    let reaped = Db::connect(|db| {
-        // The worker does that where there is one, whatever keeps it from being there, and locks the sessions
-        // for a shorter time.
-        if wake::ensure().is_err() {
-            heartbeat::write_all(db)?;
+    let (reaped, failures) = Db::connect(|db| {
+        let mut failures = Failures::default();
+        // The worker does that where one serves this database, whatever keeps it from being there right now, and
+        // locks the sessions for a shorter time.
+        if !wake::is_served() {
+            heartbeat::write_all(db, &mut |session_id, error| {
+                failures.add(session_id, None, error)
+            })?;
         }
-        let reaped = reap_up_to(db, policy, batch)?;
+        let reaped = reap_up_to(db, policy, batch, &mut failures)?;
         order::append_visible(db, EVENT_BATCH)?;
-        order::announce(db, EVENT_BATCH, guc::notify())?;
-        Ok(reaped)
+        // What does not fit into the server's queue, which a listener may have filled that is stuck in a
+        // transaction, would fail all this when it commits.
+        if order::may_announce(db)? {
+            order::announce(db, EVENT_BATCH, guc::notify())?;
+        }
+        Ok((reaped, failures))
     })?;
+    failures.warn();
     Ok(super::json(&json!({
-        "success": true,
+        "success": failures.count == 0,
         "stale_sessions_cleaned": reaped,
+        "failed": failures.count,
+        "failures": failures.first,
         "cleaned_at": time::now(),
     }))?)
+}
+
+/// What could not be done, such as for a trigger of the user's.
+#[derive(Default)]
+struct Failures {
+    count: u64,
+    first: Vec<Failure>,
+}
+
+/// One session for which something could not be done.
+#[derive(Serialize)]
+struct Failure {
+    session_id: String,
+    sd_id: Option<String>,
+    error: String,
+}
+
+impl Failures {
+    /// So many are told.
+    const MOST: usize = 10;
+
+    fn add(&mut self, session_id: &str, sd_id: Option<&str>, error: String) {
+        self.count += 1;
+        if self.first.len() < Self::MOST {
+            let sd_id = sd_id.map(str::to_owned);
+            self.first.push(Failure { session_id: session_id.to_owned(), sd_id, error });
+        }
+    }
+
+    /// Tells the log too: whoever calls this now and then looks at no answer.
+    fn warn(&self) {
+        let Some(first) = self.first.first() else { return };
+        ErrorReport::new(
+            PgSqlErrorCode::ERRCODE_WARNING,
+            format!("{} stale sessions could not be cleaned up", self.count),
+            "pg_claims",
+        )
+        .set_detail(format!("The first is session \"{}\": {}", first.session_id, first.error))
+        .set_hint("All others have been. The answer's \"failures\" tell of the first ten.")
+        .report(PgLogLevel::WARNING);
+    }
 }
 
 fn checked_batch(batch: Option<i32>) -> Result<i32> {
@@ -64,17 +118,22 @@ fn checked_batch(batch: Option<i32>) -> Result<i32> {
     })
 }
 
-/// Reaps up to `limit` claims. What is locked is passed by and does not count.
-fn reap_up_to(db: &Db<'_>, policy: Policy, limit: i32) -> Result<i32> {
+/// Reaps up to `limit` claims. What is locked is passed by and does not count; nor does what fails.
+fn reap_up_to(db: &Db<'_>, policy: Policy, limit: i32, failures: &mut Failures) -> Result<i64> {
     let mut reaped = 0;
     let mut after = 0;
-    while reaped < limit {
-        let candidates = reap::scan(db, policy, after, limit - reaped)?;
+    while reaped < i64::from(limit) {
+        let candidates = reap::scan(db, policy, after, limit - reaped as i32)?;
         let Some(last) = candidates.last() else { break };
         after = last.claim_id;
-        for candidate in &candidates {
-            reaped += i32::from(reap::attend(db, candidate, policy)?);
-        }
+        each_or_halves(
+            &candidates,
+            &|some| reap::attend_all(db, some, policy),
+            &mut |some| reaped += some,
+            &mut |candidate, error| {
+                failures.add(&candidate.session_id, Some(&candidate.sd_id), error);
+            },
+        );
     }
     Ok(reaped)
 }

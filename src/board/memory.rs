@@ -11,13 +11,16 @@ use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
 use pg_claims_core::board::{Entry, Key, Shelf};
 use pgrx::pg_sys;
 
+#[cfg(any(feature = "pg17", feature = "pg18"))]
+use super::on_demand;
 use super::saved;
 use crate::guc;
 
-const NAME: &CStr = c"pg_claims board";
+pub(super) const NAME: &CStr = c"pg_claims board";
 
-/// Tells this version's memory from any other's.
-const MAGIC: u64 = 0x7067_636c_6169_6d03;
+/// Tells this version's memory from any other's: to be changed with whatever is said here of how the memory is
+/// divided, and with the fields of an entry.
+pub(super) const MAGIC: u64 = 0x7067_636c_6169_6d04;
 
 /// Entries for each session that the board is made for: half empty, each is found at once.
 const SPARSENESS: usize = 2;
@@ -40,19 +43,19 @@ struct Header {
 
 /// How the memory is divided.
 #[derive(Clone, Copy)]
-struct Layout {
+pub(super) struct Layout {
     shelves: usize,
     entries_per_shelf: usize,
 }
 
 impl Layout {
-    fn for_sessions(sessions: usize) -> Self {
+    pub(super) fn for_sessions(sessions: usize) -> Self {
         let entries = sessions * SPARSENESS;
         let shelves = (entries / LEAST_ENTRIES).clamp(1, MOST_SHELVES);
         Self { shelves, entries_per_shelf: entries.div_ceil(shelves) }
     }
 
-    fn size(self) -> usize {
+    pub(super) fn size(self) -> usize {
         size_of::<Header>()
             + self.shelves * size_of::<pg_sys::LWLockPadded>()
             + self.shelves * self.entries_per_shelf * size_of::<Entry>()
@@ -156,7 +159,7 @@ pub fn keep_over_shutdown() {
 ///
 /// # Safety
 /// `memory` must have the size of `layout`, and nobody else may see it yet.
-unsafe fn prepare(memory: *mut c_void, layout: Layout, sessions: usize) {
+pub(super) unsafe fn prepare(memory: *mut c_void, layout: Layout, sessions: usize) {
     // SAFETY: as promised. A header and entries of zeros are valid, and an entry of zeros is free.
     unsafe {
         memory.cast::<u8>().write_bytes(0, layout.size());
@@ -187,7 +190,7 @@ impl Board {
 
     /// # Safety
     /// `memory` must have been prepared, and live as long as this process.
-    unsafe fn at(memory: *mut c_void) -> Option<Self> {
+    pub(super) unsafe fn at(memory: *mut c_void) -> Option<Self> {
         // SAFETY: as promised; the parts follow each other, each with an alignment that divides the
         // sizes before it.
         unsafe {
@@ -236,8 +239,14 @@ impl Board {
     }
 
     /// Looks at one shelf after the other.
-    pub fn each_shared(self, mut work: impl FnMut(Shelf<'static>)) {
+    pub fn each_shared(self, work: impl FnMut(Shelf<'static>)) {
+        self.each_shared_from(0, work);
+    }
+
+    /// The same, beginning with another one.
+    pub fn each_shared_from(self, first: usize, mut work: impl FnMut(Shelf<'static>)) {
         for shelf in 0..self.shelves() {
+            let shelf = (first % self.shelves() + shelf) % self.shelves();
             self.locked(shelf, pg_sys::LWLockMode::LW_SHARED, &mut work);
         }
     }
@@ -289,62 +298,14 @@ fn find() -> Option<Board> {
     None
 }
 
-/// Where the server has set no memory aside, such as can be made at any time. It has the size that the
-/// first who needed it was told by the setting.
+/// Where the server has set no memory aside, such as can be made at any time.
 #[cfg(any(feature = "pg17", feature = "pg18"))]
 fn find() -> Option<Board> {
-    thread_local! {
-        /// What the memory is prepared for: its callback takes no argument, and must ask nobody.
-        static SIZE: Cell<usize> = const { Cell::new(0) };
-    }
-    #[pgrx::pg_guard]
-    extern "C-unwind" fn prepare_size(memory: *mut c_void) {
-        // SAFETY: the server gives memory of the size asked for.
-        unsafe { memory.cast::<u64>().write(guc::max_sessions() as u64) };
-    }
-    #[pgrx::pg_guard]
-    extern "C-unwind" fn prepare_board(memory: *mut c_void) {
-        // SAFETY: likewise, and nobody else sees it before this has returned.
-        let board = unsafe {
-            prepare(memory, Layout::for_sessions(SIZE.get()), SIZE.get());
-            Board::at(memory)
-        };
-        board.into_iter().for_each(saved::restore);
-    }
-    fn size_of_board() -> usize {
-        let mut found = false;
-        // SAFETY: may raise an error for lack of memory, which unwinds as usual.
-        unsafe {
-            pg_sys::GetNamedDSMSegment(
-                c"pg_claims board size".as_ptr(),
-                size_of::<u64>(),
-                Some(prepare_size),
-                &mut found,
-            )
-            .cast::<u64>()
-            .read() as usize
-        }
-    }
     // Whoever preloads with a size of 0 wants none. Otherwise all must agree whether there is one, so what
     // the setting says now does not count.
     // SAFETY: a flag of the server's.
     if PRELOADED.get() || !unsafe { pg_sys::IsUnderPostmaster } {
         return None;
     }
-    let size = size_of_board();
-    SIZE.set(size);
-    if size == 0 {
-        return None;
-    }
-    let mut found = false;
-    // SAFETY: as above; the server maps the memory for as long as the process lives.
-    unsafe {
-        let memory = pg_sys::GetNamedDSMSegment(
-            NAME.as_ptr(),
-            Layout::for_sessions(size).size(),
-            Some(prepare_board),
-            &mut found,
-        );
-        Board::at(memory)
-    }
+    on_demand::find()
 }

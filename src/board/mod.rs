@@ -8,6 +8,8 @@
 
 mod at_commit;
 mod memory;
+#[cfg(any(feature = "pg17", feature = "pg18"))]
+mod on_demand;
 mod saved;
 
 use std::cell::Cell;
@@ -27,6 +29,8 @@ pub fn init() {
 
 thread_local! {
     static TIMES_CLOSED: Cell<u64> = const { Cell::new(0) };
+    /// Where the next look for heartbeats that are to be written begins.
+    static FROM_SHELF: Cell<usize> = const { Cell::new(0) };
 }
 
 /// How many times this process has closed entries.
@@ -76,12 +80,13 @@ impl<'a> Place<'a> {
 
     /// Lets the board answer the session's next heartbeats, with what the table has just said, and with the
     /// heartbeat that this transaction is writing there. The session's row must be locked, and this
-    /// transaction must not have changed it otherwise.
-    pub fn open(self, held: &Held, at: i64) {
+    /// transaction must not have changed it otherwise. The table is to be behind by `most_lag` microseconds at
+    /// the most.
+    pub fn open(self, held: &Held, most_lag: i64, at: i64) {
         let key = self.key();
         let Some(board) = Board::get() else { return };
         let is_taken = board.exclusive(&key, |shelf, hash| {
-            shelf.find_or_make(&key, hash).is_some_and(|entry| entry.open(held, at))
+            shelf.find_or_make(&key, hash).is_some_and(|entry| entry.open(held, most_lag, at))
         });
         if !is_taken {
             board.count_refused();
@@ -170,16 +175,19 @@ pub fn forget_all(table: pg_sys::Oid) {
 }
 
 /// Up to `limit` sessions of `table` with their last heartbeat, where that is newer than the one in the
-/// table by `lag` microseconds or more, or the board is to forget the session.
+/// table by `lag` microseconds or more, or by as much as is right for the session, or the board is to forget it.
 pub fn unwritten(table: pg_sys::Oid, lag: i64, limit: usize) -> Vec<(String, i64)> {
     let Some(board) = Board::get() else { return Vec::new() };
     let mut found = Vec::new();
-    board.each_shared(|shelf| {
+    // From another shelf each time: those that cannot be written must not always come first.
+    let from = FROM_SHELF.get().wrapping_add(1);
+    FROM_SHELF.set(from);
+    board.each_shared_from(from, |shelf| {
         for entry in shelf.entries().filter(|entry| is_in(entry, table)) {
             if found.len() == limit {
                 return;
             }
-            let lag = if entry.is_closed() { 1 } else { lag };
+            let lag = if entry.is_closed() { 1 } else { lag.min(entry.most_lag()) };
             if entry.beat_at() >= entry.written_at().saturating_add(lag) {
                 found.push((entry.session_id(), entry.beat_at()));
             }

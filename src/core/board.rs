@@ -82,6 +82,7 @@ pub struct Entry {
     claim_id: AtomicI64,
     beat_at: AtomicI64,
     written_at: AtomicI64,
+    most_lag: AtomicI64,
 }
 
 /// Whose entry: a session is one of a table of sessions in a database.
@@ -154,6 +155,11 @@ impl Entry {
         self.written_at.load(ORDER)
     }
 
+    /// How many microseconds the table may be behind, by the session's own lease.
+    pub fn most_lag(&self) -> i64 {
+        self.most_lag.load(ORDER)
+    }
+
     /// The table has the heartbeat `at`, unless that lay in the future and does not count any more.
     pub fn set_written(&self, at: i64) {
         self.written_at.fetch_max(at.min(self.beat_at.load(ORDER)), ORDER);
@@ -166,7 +172,8 @@ impl Entry {
             return None;
         }
         let claim_id = self.claim_id.load(ORDER);
-        if named.is_some_and(|named| named != claim_id) {
+        // 0 stands for no claim, which nobody holds.
+        if named.is_some_and(|named| named != claim_id || named == 0) {
             return None;
         }
         let at = self.beat_at.fetch_max(at, ORDER).max(at);
@@ -175,8 +182,8 @@ impl Entry {
     }
 
     /// Opens the entry with what the table says, and records a heartbeat. False if that is too long to be
-    /// kept.
-    pub fn open(&self, held: &Held, at: i64) -> bool {
+    /// kept. `most_lag` is for [`Entry::most_lag`].
+    pub fn open(&self, held: &Held, most_lag: i64, at: i64) -> bool {
         let (sd_id, claim_id) =
             held.claim.as_ref().map_or(("", 0), |(sd_id, claim_id)| (sd_id.as_str(), *claim_id));
         if sd_id.len() > MAX_ID_BYTES {
@@ -186,6 +193,7 @@ impl Entry {
         self.sd_id.set(sd_id);
         self.claim_id.store(claim_id, ORDER);
         self.owner.store(held.owner, ORDER);
+        self.most_lag.store(most_lag, ORDER);
         self.beat_at.fetch_max(at, ORDER);
         self.state.store(OPEN, ORDER);
         true
@@ -216,6 +224,7 @@ impl Entry {
         self.hash.store(hash, ORDER);
         self.beat_at.store(i64::MIN, ORDER);
         self.written_at.store(i64::MIN, ORDER);
+        self.most_lag.store(i64::MAX, ORDER);
         self.state.store(CLOSED, ORDER);
     }
 
@@ -229,6 +238,7 @@ impl Entry {
         self.claim_id.store(other.claim_id.load(ORDER), ORDER);
         self.beat_at.store(other.beat_at.load(ORDER), ORDER);
         self.written_at.store(other.written_at.load(ORDER), ORDER);
+        self.most_lag.store(other.most_lag.load(ORDER), ORDER);
         self.state.store(other.state.load(ORDER), ORDER);
     }
 }
@@ -337,6 +347,7 @@ mod tests {
                 claim_id: AtomicI64::new(0),
                 beat_at: AtomicI64::new(0),
                 written_at: AtomicI64::new(0),
+                most_lag: AtomicI64::new(0),
             })
             .collect()
     }
@@ -360,12 +371,14 @@ mod tests {
         let entry = shelf.find_or_make(&key("s"), 3).unwrap();
         assert_eq!(entry.beat(10, None, 100), None, "it was never opened");
         let held = Held { owner: 10, claim: Some(("SD-日本-1".into(), 4)) };
-        assert!(entry.open(&held, 50));
+        assert!(entry.open(&held, 7, 50));
         assert_eq!(entry.beat(10, None, 100), Some((100, held.clone())));
         assert_eq!(entry.beat(10, Some(4), 90), Some((100, held)));
         assert_eq!(entry.beat(10, Some(5), 110), None, "another claim was named");
         assert_eq!(entry.beat(11, None, 110), None, "another role");
         assert_eq!((entry.beat_at(), entry.written_at()), (100, i64::MIN));
+        assert!(entry.open(&idle(), 7, 50));
+        assert_eq!(entry.beat(10, Some(0), 100), None, "nobody holds claim 0");
         entry.close();
         assert_eq!(entry.beat(10, None, 120), None);
         assert_eq!(entry.beat_at(), 100, "closing keeps the last heartbeat");
@@ -380,7 +393,7 @@ mod tests {
     fn sessions_of_other_databases_tables_and_names_are_others() {
         let entries = shelf(8);
         let shelf = Shelf(&entries);
-        shelf.find_or_make(&key("s"), 3).unwrap().open(&idle(), 1);
+        shelf.find_or_make(&key("s"), 3).unwrap().open(&idle(), 7, 1);
         for other in [
             Key { database: 6, ..key("s") },
             Key { table: 8, ..key("s") },
@@ -401,7 +414,7 @@ mod tests {
         let longest = "x".repeat(MAX_ID_BYTES);
         let entry = shelf.find_or_make(&key(&longest), 0).unwrap();
         assert_eq!(entry.session_id(), longest);
-        assert!(!entry.open(&Held { claim: Some(("y".repeat(201), 1)), ..idle() }, 1));
+        assert!(!entry.open(&Held { claim: Some(("y".repeat(201), 1)), ..idle() }, 7, 1));
         assert_eq!(entry.beat(10, None, 5), None);
         assert!(shelf.find_or_make(&key("b"), 0).is_some());
         assert!(shelf.find_or_make(&key("c"), 0).is_none());
@@ -432,7 +445,7 @@ mod tests {
                 }
                 _ => {
                     if let Some(entry) = shelf.find_or_make(&key(&name), hash) {
-                        entry.open(&idle(), step);
+                        entry.open(&idle(), 7, step);
                         model.insert(name.clone(), step);
                     } else {
                         assert!(!model.contains_key(&name));

@@ -16,6 +16,7 @@ use super::statement::{self, Db, required};
 use super::table::{AllKnown, Known, Name};
 use super::time;
 use crate::error::{ClaimError, Result};
+use crate::identity::Unacting;
 
 /// Where the extension and its backlog are.
 #[derive(Debug, Clone, PartialEq)]
@@ -126,6 +127,9 @@ pub fn current(db: &Db<'_>) -> Result<Rc<Catalog>> {
     if let Some(current) = known() {
         return Ok(current);
     }
+    // Also while this acts as the backlog's owner, who may not read it all.
+    db.take_rights()?;
+    let _rights = Unacting::new();
     // Reset first: a change that arrives while reading must not be lost. And set again, also by an error
     // that unwinds, unless all of it has been read.
     let reading = Reading::new();
@@ -221,6 +225,20 @@ fn lock(db: &Db<'_>, mode: u32, with_claims: bool) -> Result<Rc<Catalog>> {
     }
 }
 
+/// The sequence of the table's identity column, whatever it is called: the schema may have had one of the usual
+/// name before. Invalid where there is none any more.
+fn identity_of(db: &Db<'_>, table: pg_sys::Oid) -> Result<pg_sys::Oid> {
+    let rows = db.ask(
+        "SELECT d.objid FROM pg_catalog.pg_depend d
+          WHERE d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass
+            AND d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass
+            AND d.refobjid = $1 AND d.refobjsubid > 0 AND d.deptype = 'i'",
+        &[table.into()],
+    )?;
+    let found = if rows.is_empty() { None } else { rows.first().get(1)? };
+    Ok(found.unwrap_or(pg_sys::Oid::INVALID))
+}
+
 fn read(db: &Db<'_>) -> Result<Catalog> {
     const EXTENSION: &str = "
         SELECT e.oid, pg_catalog.quote_ident(n.nspname),
@@ -290,8 +308,8 @@ fn read(db: &Db<'_>) -> Result<Catalog> {
         backlog,
         is_own_backlog_in_use,
         tables,
-        claim_ids: in_schema(c"sd_claims_claim_id_seq"),
-        event_ids: in_schema(c"session_lifecycle_events_event_id_seq"),
+        claim_ids: identity_of(db, oids[Name::Claims as usize])?,
+        event_ids: identity_of(db, oids[Name::Events as usize])?,
         watched: UNKNOWN.map(|unknown| watched.next().unwrap_or(unknown)),
     })
 }

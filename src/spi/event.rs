@@ -100,7 +100,10 @@ fn record_directly(db: &Db<'_>, table: &Table, event: Event<'_>) -> Result<()> {
         .map_err(|_| ClaimError::Corrupt { what: "pg_authid" })?;
     table.insert(
         &NewRow::default()
-            .set(column::EVENT_ID, next_value(db.catalog()?.event_ids))
+            .set(
+                column::EVENT_ID,
+                next_value(db.catalog()?.event_ids, "session_lifecycle_events.event_id")?,
+            )
             .set(column::EVENT_TYPE, event.event_type.name())
             .set(column::SESSION_ID, event.session_id)
             .set(column::SD_ID, event.sd_id)

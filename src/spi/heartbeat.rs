@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use pg_claims_core::board::Held;
 use pg_claims_core::lease::Lease;
 use pg_claims_core::session::{Beat, Progressed};
@@ -18,6 +18,7 @@ use super::statement::{Db, Statement};
 use super::table::layout::sessions as column;
 use super::table::{Key, Name, NewRow, Snapshot, Table};
 use super::time;
+use crate::attempt::each_or_halves;
 use crate::board::{self, Place};
 use crate::error::Result;
 use crate::guc;
@@ -42,7 +43,7 @@ static BEAT: Statement = Statement::new(
                 SET heartbeat_at = GREATEST(heartbeat_at, pg_catalog.clock_timestamp())
               WHERE session_id = $1 AND status <> 'released'
                 AND owner_role = $2 AND ($3 IS NULL OR claim_id = $3)
-          RETURNING heartbeat_at, sd_id, claim_id, lost_claim_id",
+          RETURNING heartbeat_at, sd_id, claim_id, lost_claim_id, stale_after",
             c.schema
         )
     },
@@ -68,7 +69,7 @@ pub fn beat(
     };
     let (beat, lost) = read_beat(&row, session_id.to_owned())?;
     if undisturbed.still() && lost.is_none() {
-        open_on_board(db.catalog()?.sessions, &beat, owner_role);
+        open_on_board(db.catalog()?.sessions, &beat, owner_role, row.time(5)?);
     }
     Ok(Some((beat, lost)))
 }
@@ -121,7 +122,7 @@ fn beat_directly(
             lost_claim: None,
         };
         if undisturbed.still() && lost.is_none() {
-            open_on_board(table.oid(), &beat, owner_role);
+            open_on_board(table.oid(), &beat, owner_role, row.time(column::STALE_AFTER)?);
         }
         return Ok(Some((beat, lost)));
     }
@@ -145,11 +146,18 @@ impl Undisturbed {
 }
 
 /// Lets the board answer from now on: the row is locked, and undisturbed. A session that lost a claim is
-/// told so by the table.
-fn open_on_board(table: pg_sys::Oid, beat: &Beat, owner_role: Role) {
+/// told so by the table. The table is to be behind by half of the session's own lease at the most, as it is by
+/// half of the usual one in any case.
+fn open_on_board(
+    table: pg_sys::Oid,
+    beat: &Beat,
+    owner_role: Role,
+    stale_after: Option<TimeDelta>,
+) {
+    let most_lag = stale_after.and_then(|lease| (lease / 2).num_microseconds()).unwrap_or(i64::MAX);
     let held = Held { owner: owner_role.0.to_u32(), claim: beat.sd_id.clone().zip(beat.claim_id) };
     let place = Place::of(table, &beat.session_id);
-    place.open(&held, time::to_microseconds(beat.heartbeat_at));
+    place.open(&held, most_lag, time::to_microseconds(beat.heartbeat_at));
 }
 
 /// Records a sign of life on the board, without any statement. `None` where only the table can tell: the
@@ -208,9 +216,9 @@ static BEAT_MANY: Statement = Statement::new(
                     SET heartbeat_at = GREATEST(s.heartbeat_at, pg_catalog.clock_timestamp())
                    FROM free WHERE s.session_id = free.session_id
               RETURNING s.heartbeat_at, s.sd_id, s.claim_id, s.lost_claim_id, s.session_id,
-                        s.owner_role)
+                        s.owner_role, s.stale_after)
              SELECT b.heartbeat_at, b.sd_id, b.claim_id, b.lost_claim_id, asked.session_id,
-                    s.status, b.owner_role::oid
+                    s.status, b.owner_role::oid, b.stale_after
                FROM pg_catalog.unnest($1) WITH ORDINALITY AS asked(session_id, place)
                LEFT JOIN beaten b ON b.session_id = asked.session_id
                LEFT JOIN {x}.claude_sessions s ON s.session_id = asked.session_id
@@ -233,7 +241,7 @@ pub fn beat_many(db: &Db<'_>, session_ids: &[String]) -> Result<Vec<(String, Fou
                 let (beat, lost) = read_beat(&rows, session_id.clone())?;
                 if undisturbed.still() && lost.is_none() {
                     let owner_role = rows.role(7, "claude_sessions.owner_role")?;
-                    open_on_board(db.catalog()?.sessions, &beat, owner_role);
+                    open_on_board(db.catalog()?.sessions, &beat, owner_role, rows.time(8)?);
                 }
                 Found::Beaten(Box::new(beat), lost)
             }
@@ -310,14 +318,21 @@ fn unwritten_up_to(db: &Db<'_>, limit: usize) -> Result<Vec<(String, i64)>> {
     Ok(board::unwritten(db.catalog()?.sessions, lag, limit))
 }
 
-/// Does all for the board that the worker does, within this transaction, where there may be no worker.
-pub fn write_all(db: &Db<'_>) -> Result<()> {
+/// Does all for the board that the worker does, within this transaction, where there may be no worker. A
+/// session that cannot be written is told to `failed`, with the error's message.
+pub fn write_all(db: &Db<'_>, failed: &mut impl FnMut(&str, String)) -> Result<()> {
     let table = db.catalog()?.sessions;
     for batch in unwritten_up_to(db, usize::MAX)?.chunks(WRITE_BATCH) {
-        let written = write(db, batch)?;
-        board::at_commit(|| {
-            written.note();
-        });
+        each_or_halves(
+            batch,
+            &|some| write(db, some),
+            &mut |written| {
+                board::at_commit(|| {
+                    written.note();
+                });
+            },
+            &mut |(session_id, _), error| failed(session_id, error),
+        );
     }
     board::at_commit(move || board::sweep(table));
     Ok(())

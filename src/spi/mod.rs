@@ -24,7 +24,7 @@ mod statement;
 pub mod table;
 pub mod time;
 
-pub use statement::Db;
+pub use statement::{Db, is_running};
 
 /// Prepares the process: watches for changes that make kept plans wrong.
 pub fn init() {

@@ -227,6 +227,11 @@ static ANNOUNCED_TO: Statement = Statement::new(
     &[INT8OID, TEXTOID],
 );
 
+/// Whether the server's queue of notifications, which all databases share, is at most half full.
+pub fn may_announce(db: &Db<'_>) -> Result<bool> {
+    db.ask("SELECT pg_catalog.pg_notification_queue_usage() <= 0.5", &[])?.first().flag(1)
+}
+
 /// Announces up to `limit` events, in order; in silence if `aloud` is false, so that listeners are
 /// not flooded with the past once they are told again. Returns how many it went past.
 pub fn announce(db: &Db<'_>, limit: i32, aloud: bool) -> Result<usize> {

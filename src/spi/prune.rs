@@ -148,12 +148,15 @@ fn silent_sessions(db: &Db<'_>, silence: TimeDelta, size: i32) -> Result<Vec<Str
 
 /// Ends up to `size` sessions that hold nothing and whose lease ended so long ago.
 pub fn end_silent_sessions(db: &Db<'_>, silence: TimeDelta, size: i32) -> Result<usize> {
-    // Those that beat until the board was closed to them do not come again.
+    // Those that beat until the board was closed to them do not come again; others may come then, which can
+    // still beat there.
     let table = db.catalog()?.sessions;
-    for session_id in silent_sessions(db, silence, size)? {
-        Place::of(table, &session_id).close();
+    let closed = silent_sessions(db, silence, size)?;
+    for session_id in &closed {
+        Place::of(table, session_id).close();
     }
-    let silent = silent_sessions(db, silence, size)?;
+    let mut silent = silent_sessions(db, silence, size)?;
+    silent.retain(|session_id| closed.contains(session_id));
     for session_id in &silent {
         session::end(db, session_id, None, SILENT, false)?;
     }

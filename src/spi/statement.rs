@@ -106,6 +106,32 @@ impl Drop for PlannedOnce {
     }
 }
 
+thread_local! {
+    /// How many of the extension's kept statements are running, one within the other.
+    static RUNNING: Cell<u32> = const { Cell::new(0) };
+}
+
+/// Whether what runs was set off by a statement of the extension's.
+pub fn is_running() -> bool {
+    RUNNING.get() > 0
+}
+
+/// A statement is running until this is dropped, on an error as well.
+struct Running;
+
+impl Running {
+    fn new() -> Self {
+        RUNNING.set(RUNNING.get() + 1);
+        Self
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        RUNNING.set(RUNNING.get() - 1);
+    }
+}
+
 /// A connection to the server's programming interface.
 pub struct Db<'conn> {
     client: &'conn SpiClient<'conn>,
@@ -143,7 +169,7 @@ impl Db<'_> {
     }
 
     /// Sees to it that what follows has the rights of the extension's owner, as each statement does.
-    fn take_rights(&self) -> Result<()> {
+    pub(super) fn take_rights(&self) -> Result<()> {
         if let Rights::OfOwner { function, acting } = &self.rights
             && acting.get().is_none()
         {
@@ -194,6 +220,7 @@ impl Db<'_> {
         if is_deciding {
             kept.runs.set(kept.runs.get() + 1);
         }
+        let _running = Running::new();
         // `select` on a mutating plan takes a fresh snapshot and assigns no transaction id.
         Ok(self.client.select(&kept.plan, None, arguments)?)
     }

@@ -1,29 +1,47 @@
 //! Keeping the heartbeat board in step with the sessions.
 
-use pgrx::prelude::*;
-
+use chrono::{DateTime, Utc};
 use pgrx::PgSqlErrorCode;
+use pgrx::prelude::*;
 
 use super::{Row, SessionTuple, Side, run};
 use crate::board::{self, Place};
 use crate::error::{ClaimError, Result};
 use crate::spi::row::Row as _;
 use crate::spi::table::layout::sessions as column;
+use crate::spi::{is_running, time};
 
-/// Forgets the heartbeats of a session whose heartbeat was set back or which was deleted; after a TRUNCATE, of all.
+/// Forgets the heartbeats of a session whose heartbeat was set back, or which was deleted; after a TRUNCATE, of
+/// all.
 #[pg_trigger]
 pub fn forget_heartbeat<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
     run(|| {
-        if let Some(new) = SessionTuple::of(trigger, Side::New) {
-            check_finite(&new)?;
-        }
+        let new = SessionTuple::of(trigger, Side::New);
+        new.as_ref().map_or(Ok(()), check_finite)?;
         let table = trigger.relid()?;
-        match id_in(trigger, Side::Old)? {
-            Some(session_id) => Place::of(table, &session_id).forget(),
-            None => board::forget_all(table),
+        let Some(session_id) = id_in(trigger, Side::Old)? else {
+            board::forget_all(table);
+            return Ok(None);
+        };
+        let place = Place::of(table, &session_id);
+        if let Some(new) = new {
+            let old = SessionTuple::of(trigger, Side::Old);
+            let old = old.map_or(Ok(None), |old| old.instant(column::HEARTBEAT_AT))?;
+            let new = new.instant(column::HEARTBEAT_AT)?;
+            // What the extension's own statements write was the last heartbeat when they wrote it: one that has
+            // come since is none that they set back.
+            let counts = if is_running() { old } else { old.max(on_board(place)) };
+            if new >= counts {
+                return Ok(None);
+            }
         }
+        place.forget();
         Ok(None)
     })
+}
+
+fn on_board(place: Place<'_>) -> Option<DateTime<Utc>> {
+    place.latest().map(time::from_microseconds)
 }
 
 /// The table answers the next heartbeat of a session that was changed. Its last one is kept, unless that was

@@ -211,6 +211,11 @@ impl Control {
         self.slots.iter().find(|slot| slot.database() == Some(database))
     }
 
+    /// Whether the database is one of those that workers are sent to, or can become one.
+    pub fn may_serve(&self, database: pg_sys::Oid) -> bool {
+        self.slots.iter().any(|slot| slot.database().is_none_or(|known| known == database))
+    }
+
     /// Whether the launcher has ended.
     pub fn is_closed(&self) -> bool {
         self.closed.load(ORDER)

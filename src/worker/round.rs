@@ -35,6 +35,10 @@ const BATCH_LIMIT: Duration = Duration::from_secs(2);
 /// How long ending a single claim may take, after its batch has failed.
 const SINGLE_LIMIT: Duration = Duration::from_secs(1);
 
+/// How long heartbeats are written one by one, after their batch has failed: what else there is to do must have
+/// its turn.
+const SINGLY_LIMIT: Duration = Duration::from_secs(5);
+
 /// How many events one transaction puts in order or announces, at the most. Each costs a flush to disk, and
 /// every listener a wake-up.
 const EVENT_BATCH: i32 = 5000;
@@ -123,7 +127,7 @@ impl<'c> Round<'c> {
         let mut done = tend_connections(&mut self.run);
         if self.is_reaping_due() {
             self.reaped_at = Some(Instant::now());
-            done |= write_board(&mut self.run);
+            done |= write_board(self.stay, &mut self.run);
             done |= attend_claims(self.stay, &mut self.run);
             self.prune();
         }
@@ -301,29 +305,53 @@ fn release_ended_connections(run: &mut health::Run) -> bool {
     !ended.is_empty()
 }
 
-/// Writes heartbeats from the board to the table: in batches, each by itself where a batch fails.
-fn write_board(run: &mut health::Run) -> bool {
-    const WHAT: &CStr = c"pg_claims: writing heartbeats";
+/// What the worker does with the heartbeat board.
+const WRITING: &CStr = c"pg_claims: writing heartbeats";
+
+/// Writes heartbeats from the board to the table, and clears it of what is over.
+fn write_board(stay: &Stay<'_>, run: &mut health::Run) -> bool {
+    let any = write_heartbeats(stay, run);
+    step(run, WRITING, heartbeat::sweep_board);
+    any
+}
+
+/// In batches, each by itself where a batch fails.
+fn write_heartbeats(stay: &Stay<'_>, run: &mut health::Run) -> bool {
     let mut any = false;
     loop {
-        let unwritten = step(run, WHAT, heartbeat::unwritten).unwrap_or_default();
+        stay.slot.take_turn();
+        let unwritten = step(run, WRITING, heartbeat::unwritten).unwrap_or_default();
         if unwritten.is_empty() {
-            step(run, WHAT, heartbeat::sweep_board);
             return any;
         }
+        let written = try_step(STEP_LIMIT, WRITING, |db| heartbeat::write(db, &unwritten));
+        tend_connections(run);
         // Noted only once it is committed; each step is a transaction.
-        let Ok(written) = try_step(STEP_LIMIT, WHAT, |db| heartbeat::write(db, &unwritten)) else {
-            for one in unwritten.chunks(1) {
-                any |= step(run, WHAT, |db| heartbeat::write(db, one))
-                    .is_some_and(heartbeat::Written::note);
-            }
-            return any;
-        };
-        if !written.note() {
-            return any;
+        match written.map(heartbeat::Written::note) {
+            Ok(true) => any = true,
+            Ok(false) => return any,
+            Err(_) => return write_singly(stay, run, &unwritten) || any,
         }
-        any = true;
     }
+}
+
+/// Each by itself, as many as there is time for; the next look begins with others. One that cannot be written,
+/// such as for a slow trigger of the user's, must keep neither the others nor the worker's other work.
+fn write_singly(stay: &Stay<'_>, run: &mut health::Run, unwritten: &[(String, i64)]) -> bool {
+    let begin = Instant::now();
+    let mut any = false;
+    for one in unwritten.chunks(1) {
+        stay.slot.take_turn();
+        match try_step(SINGLE_LIMIT, WRITING, |db| heartbeat::write(db, one)) {
+            Ok(written) => any |= written.note(),
+            Err(error) => note(run, error),
+        }
+        tend_connections(run);
+        if begin.elapsed() >= SINGLY_LIMIT || stay.is_over() {
+            break;
+        }
+    }
+    any
 }
 
 /// Notes stale sessions, warns of old claims, and reaps: from where the last run was broken off, and
@@ -391,25 +419,19 @@ fn attend_batch(
     candidates: &[Candidate],
     policy: Policy,
 ) -> bool {
-    let attend = |db: &Db<'_>, candidates: &[Candidate]| -> Result<i64> {
-        let mut reaped = 0;
-        for candidate in candidates {
-            reaped += i64::from(reap::attend(db, candidate, policy)?);
-        }
-        Ok(reaped)
-    };
     const WHAT: &CStr = c"pg_claims: reaping stale sessions";
     if candidates.is_empty() {
         return true;
     }
     stay.slot.take_turn();
-    if let Ok(reaped) = try_step(BATCH_LIMIT, WHAT, |db| attend(db, candidates)) {
+    if let Ok(reaped) = try_step(BATCH_LIMIT, WHAT, |db| reap::attend_all(db, candidates, policy)) {
         run.reaped += reaped;
         return true;
     }
     for one in candidates {
         stay.slot.take_turn();
-        match try_step(SINGLE_LIMIT, WHAT, |db| attend(db, std::slice::from_ref(one))) {
+        let single = std::slice::from_ref(one);
+        match try_step(SINGLE_LIMIT, WHAT, |db| reap::attend_all(db, single, policy)) {
             Ok(reaped) => run.reaped += reaped,
             Err(error) => note(run, error),
         }

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use pgrx::pg_sys;
 use pgrx::pg_sys::PgTryBuilder;
-use pgrx::pg_sys::panic::CaughtError;
 
 use super::process;
+use crate::attempt::message_of;
 use crate::error::Result;
 use crate::spi::{Db, health};
 
@@ -74,13 +74,4 @@ pub fn try_step<R>(
         unsafe { pg_sys::AbortCurrentTransaction() };
     }
     outcome
-}
-
-fn message_of(error: &CaughtError) -> String {
-    match error {
-        CaughtError::PostgresError(report) | CaughtError::ErrorReport(report) => {
-            report.message().to_owned()
-        }
-        CaughtError::RustPanic { ereport, .. } => ereport.message().to_owned(),
-    }
 }

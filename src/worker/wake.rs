@@ -120,6 +120,13 @@ pub fn keep() {
     }
 }
 
+/// Whether a worker serves this database, or will: there may be more databases than the launcher keeps in mind.
+pub fn is_served() -> bool {
+    // SAFETY: set before any statement runs, and never changes.
+    let database = unsafe { pg_sys::MyDatabaseId };
+    ensure().is_ok() && control::attached().is_none_or(|control| control.may_serve(database))
+}
+
 /// Finds the launcher, or starts it, or says why there is none.
 pub fn ensure() -> Result<(), NoWorker> {
     if !guc::worker() {

@@ -444,3 +444,20 @@ fn the_own_backlog_is_known_by_any_name() {
     assert_eq!(count(&mut db.connect(), "SELECT count(*) FROM backlog WHERE is_working_on"), 1);
     assert_in_step(&mut c);
 }
+
+#[test]
+fn a_deferrable_constraint_may_have_the_name_of_another_table_s_that_cannot_be_deferred() {
+    let (_db, mut c) = coordinated();
+    c.batch_execute(
+        "CREATE TABLE owners (id integer PRIMARY KEY); INSERT INTO owners VALUES (1);
+         CREATE TABLE roadmap (key text PRIMARY KEY, owner integer, is_working_on boolean,
+             CONSTRAINT owner_fk FOREIGN KEY (owner) REFERENCES owners DEFERRABLE INITIALLY DEFERRED);
+         CREATE TABLE tasks (owner integer, CONSTRAINT owner_fk FOREIGN KEY (owner) REFERENCES owners);
+         INSERT INTO roadmap VALUES ('A', 1)",
+    )
+    .unwrap();
+    c.batch_execute("SELECT bind_directives('roadmap', '{key}')").unwrap();
+    granted(&mut c, "A", "s1");
+    assert_eq!(release(&mut c, "s1")["success"], true);
+    assert_in_step(&mut c);
+}

@@ -95,6 +95,134 @@ fn without_a_worker_cleaning_up_writes_all_of_the_board_once_and_clears_it() {
 }
 
 #[test]
+fn without_a_worker_a_session_that_cannot_be_written_does_not_keep_the_others() {
+    let (server, mut c) = boarded("board-refused", &["pg_claims.stale_after = 1s"]);
+    let beat_all = "SELECT heartbeat_sessions(array_agg(session_id)) FROM claude_sessions
+                     WHERE session_id LIKE 'many-%'";
+    c.batch_execute("SELECT register_session('many-' || n) FROM generate_series(1, 20) n").unwrap();
+    // From now on the board has them.
+    c.batch_execute(beat_all).unwrap();
+    refuse_writes_of(&mut c, "many-7");
+    let behind = "SELECT string_agg(session_id, ' ') FROM claude_sessions
+                   WHERE latest_heartbeat(tableoid, session_id, heartbeat_at) - heartbeat_at >= '0.5 s'";
+    wait_until("the table to be half a lease behind", || {
+        c.batch_execute(beat_all).unwrap();
+        value(&mut c, behind).is_some_and(|behind| behind.split(' ').count() == 20)
+    });
+    let answer = json(&mut c, "SELECT cleanup_stale_sessions()", &[]);
+    assert_eq!(answer["failed"], 1, "{answer}");
+    assert_eq!(answer["failures"][0]["session_id"], "many-7");
+    assert_eq!(answer["failures"][0]["sd_id"], serde_json::Value::Null);
+    assert_eq!(answer["failures"][0]["error"], "not this one");
+    assert_eq!(value(&mut c, behind).as_deref(), Some("many-7"));
+    server.discard().unwrap();
+}
+
+#[test]
+fn a_session_that_cannot_be_written_does_not_keep_what_is_over_on_the_board() {
+    let (server, mut c) = served("board-stuck", &[PRELOAD, "pg_claims.stale_after = 2s"]);
+    for session in ["s1", "s2"] {
+        beat(&mut c, session);
+    }
+    refuse_writes_of(&mut c, "s1");
+    wait_until("the worker to fail to write the session", || {
+        beat(&mut c, "s1");
+        value(&mut c, "SELECT errors > 0 FROM v_worker_health").as_deref() == Some("true")
+    });
+    assert_eq!(entries(&mut c), 2);
+    json(&mut c, "SELECT end_session('s2')", &[]);
+    wait_until("the board to be cleared of the other", || {
+        beat(&mut c, "s1");
+        entries(&mut c) == 1
+    });
+    server.discard().unwrap();
+}
+
+#[test]
+fn the_table_is_behind_by_half_of_a_session_s_own_lease_at_the_most() {
+    let (server, mut c) = boarded("board-own-lease", &["pg_claims.min_stale_after = 1s"]);
+    c.batch_execute("SELECT register_session('short', p_stale_after => '2 s')").unwrap();
+    wait_until("the table to be behind", || {
+        for session in ["short", "s1"] {
+            beat(&mut c, session);
+        }
+        let (in_table, counts) = heartbeats(&mut c, "short");
+        counts - in_table > 1.0
+    });
+    let of_s1 = heartbeats(&mut c, "s1");
+    json(&mut c, "SELECT cleanup_stale_sessions()", &[]);
+    let (in_table, counts) = heartbeats(&mut c, "short");
+    assert_eq!(in_table, counts);
+    assert_eq!(heartbeats(&mut c, "s1"), of_s1, "with the usual lease it is not worth a write");
+    // A lease that is changed counts from then on.
+    c.batch_execute("SELECT register_session('short', p_stale_after => '0 s')").unwrap();
+    wait_until("the table to be behind", || {
+        beat(&mut c, "short");
+        let (in_table, counts) = heartbeats(&mut c, "short");
+        counts - in_table > 1.0
+    });
+    let before = heartbeats(&mut c, "short");
+    json(&mut c, "SELECT cleanup_stale_sessions()", &[]);
+    assert_eq!(heartbeats(&mut c, "short"), before);
+    server.discard().unwrap();
+}
+
+#[test]
+fn a_heartbeat_that_is_set_back_to_what_is_new_to_the_table_counts() {
+    let (server, mut c) = boarded("board-between", &[]);
+    wait_until("the table to be behind", || {
+        beat(&mut c, "s1");
+        let (in_table, counts) = heartbeats(&mut c, "s1");
+        counts - in_table > 0.1
+    });
+    let (in_table, counts) = heartbeats(&mut c, "s1");
+    // Whoever writes a whole row as it was read sets nothing back.
+    c.batch_execute(
+        "UPDATE claude_sessions SET heartbeat_at = heartbeat_at, tty = 'x' WHERE session_id = 's1'",
+    )
+    .unwrap();
+    assert_eq!(heartbeats(&mut c, "s1"), (in_table, counts));
+    c.batch_execute(
+        "UPDATE claude_sessions SET heartbeat_at = heartbeat_at + interval '10 ms' WHERE session_id = 's1'",
+    )
+    .unwrap();
+    let (set, counts_now) = heartbeats(&mut c, "s1");
+    assert!(in_table < set && set < counts);
+    assert_eq!(counts_now, set);
+    server.discard().unwrap();
+}
+
+#[test]
+fn a_full_queue_of_notifications_does_not_keep_stale_sessions() {
+    let settings = ["pg_claims.worker = off", "max_notify_queue_pages = 64"];
+    let (server, mut c) = served("notify-full", &[]);
+    if !needs_no_preloading(&mut c) {
+        // Before PostgreSQL 17 it has 8 gigabytes, always.
+        return server.discard().unwrap();
+    }
+    server.discard().unwrap();
+    let (server, mut c) = served("notify-full", &settings);
+    let mut listener = connect(&server, "postgres");
+    listener.batch_execute("LISTEN pg_claims").unwrap();
+    listener.batch_execute("BEGIN").unwrap();
+    let fill = "SELECT pg_notify('noise', repeat('x', 7900))";
+    assert!((0..200).any(|_| c.batch_execute(fill).is_err()), "it takes in anything");
+    granted(&mut c, "SD-1", "s1");
+    age_heartbeat(&mut c, "s1", "1 hour");
+    let cleanup = "SELECT cleanup_stale_sessions()";
+    let answer = json(&mut c, cleanup, &[]);
+    assert_eq!(answer["stale_sessions_cleaned"], 1, "{answer}");
+    let unannounced = "SELECT count(*) FROM lifecycle_event_positions, event_frontier WHERE position > announced_to";
+    assert!(count(&mut c, unannounced) > 0);
+    listener.batch_execute("COMMIT").unwrap();
+    wait_until("the events to be announced", || {
+        json(&mut c, cleanup, &[]);
+        count(&mut c, unannounced) == 0
+    });
+    server.discard().unwrap();
+}
+
+#[test]
 fn a_session_that_is_put_back_by_hand_has_the_heartbeat_that_it_is_given() {
     let (server, mut c) = boarded("board-ghost", &[]);
     let delete = "DELETE FROM claude_sessions WHERE session_id = 's1'";

@@ -1,6 +1,6 @@
 //! The extension writes its own tables directly only as long as nobody can tell the difference.
 
-use pg_claims_tests::{json, sqlstate};
+use pg_claims_tests::{is_watched, json, sqlstate};
 
 use crate::queue::texts;
 use crate::support::*;
@@ -69,6 +69,51 @@ fn any_one_of_the_tables_may_have_a_trigger() {
             count(&mut c, "SELECT count(*) FROM claude_sessions WHERE sd_id IS NOT NULL"),
             0
         );
+        assert_in_step(&mut c);
+    }
+}
+
+#[test]
+fn a_trigger_of_the_extension_s_that_is_given_another_function_is_fired() {
+    let (db, mut c) = coordinated();
+    granted(&mut c, "SD-1", "s1");
+    db.connect()
+        .batch_execute(
+            "CREATE TABLE seen (what text);
+             CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS
+                 $$ BEGIN INSERT INTO public.seen VALUES (TG_OP); RETURN NULL; END $$;
+             CREATE OR REPLACE TRIGGER claude_sessions_changed_trigger AFTER UPDATE ON claude_sessions
+                 FOR EACH ROW EXECUTE FUNCTION see()",
+        )
+        .unwrap();
+    assert_eq!(release(&mut c, "s1")["success"], true);
+    assert_eq!(value(&mut c, "SELECT string_agg(what, ' ') FROM seen").as_deref(), Some("UPDATE"));
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn an_index_of_the_extension_s_name_that_decides_nothing_is_noticed() {
+    let makes = [
+        "CREATE INDEX idx_claude_sessions_unique_active_claim
+             ON claude_sessions (sd_id) WHERE sd_id IS NOT NULL AND status = 'active'",
+        "CREATE UNIQUE INDEX idx_claude_sessions_unique_active_claim
+             ON claude_sessions (sd_id) WHERE sd_id IS NOT NULL",
+    ];
+    for make in makes {
+        let (db, mut c) = coordinated();
+        granted(&mut c, "SD-1", "s1");
+        let concerned = "SELECT detail FROM coordination_check() WHERE name = 'direct_access'";
+        let told = |c: &mut postgres::Client| {
+            value(c, concerned).is_some_and(|told| told.contains("claude_sessions"))
+        };
+        assert!(is_watched() || !told(&mut c));
+        db.connect()
+            .batch_execute(&format!("DROP INDEX idx_claude_sessions_unique_active_claim; {make}"))
+            .unwrap();
+        assert!(told(&mut c), "{make}");
+        assert_eq!(claim(&mut c, "SD-1", "s2")["claimed_by"], "s1", "{make}");
+        release(&mut c, "s1");
+        granted(&mut c, "SD-1", "s2");
         assert_in_step(&mut c);
     }
 }

@@ -2,7 +2,7 @@
 
 use pg_claims_tests::{TestDb, json, sqlstate};
 
-use crate::support::{granted, value};
+use crate::support::*;
 
 #[test]
 fn a_schema_of_its_own_works_whatever_the_search_path() {
@@ -81,6 +81,35 @@ fn an_existing_backlog_is_left_as_it_is_and_nothing_can_be_claimed_before_it_is_
     let error = c.batch_execute("DROP TABLE strategic_directives_v2").unwrap_err();
     assert_eq!(sqlstate(&error), "2BP01");
     c.batch_execute("DROP EXTENSION pg_claims; DROP TABLE strategic_directives_v2").unwrap();
+}
+
+#[test]
+fn a_sequence_that_was_there_before_gives_no_fencing_tokens() {
+    let db = TestDb::empty();
+    let mut c = db.connect();
+    let strangers = ["sd_claims_claim_id_seq", "session_lifecycle_events_event_id_seq"];
+    for stranger in strangers {
+        c.batch_execute(&format!("CREATE SEQUENCE {stranger} START 1000")).unwrap();
+    }
+    c.batch_execute("CREATE EXTENSION pg_claims").unwrap();
+    backlog(&mut c);
+    for session in ["s1", "s2"] {
+        register(&mut c, session);
+    }
+    let first = granted(&mut c, "SD-1", "s1");
+    // By a statement, which asks the column's own.
+    c.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1").unwrap();
+    let second = granted(&mut c, "SD-2", "s2");
+    c.batch_execute("COMMIT").unwrap();
+    assert!(0 < first && first < second && second < 1000, "{first}, {second}");
+    for stranger in strangers {
+        let used = format!("SELECT is_called FROM {stranger}");
+        assert_eq!(value(&mut c, &used).as_deref(), Some("false"));
+    }
+    // Nor does another name keep them from being given.
+    c.batch_execute("ALTER SEQUENCE sd_claims_claim_id_seq1 RENAME TO tokens").unwrap();
+    let mut c = db.connect();
+    assert!(granted(&mut c, "SD-3", "s2") > second);
 }
 
 #[test]

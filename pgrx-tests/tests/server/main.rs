@@ -8,6 +8,7 @@ mod support;
 mod backlog_binding;
 mod bad_input;
 mod board;
+mod board_memory;
 mod board_upkeep;
 mod catching_up;
 mod channel;

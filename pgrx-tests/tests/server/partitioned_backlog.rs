@@ -1,6 +1,6 @@
 //! A bound backlog in partitions.
 
-use pg_claims_tests::{TestDb, sqlstate};
+use pg_claims_tests::{TestDb, detail, sqlstate};
 use postgres::Client;
 
 use crate::support::*;
@@ -73,6 +73,46 @@ fn truncating_one_partition_releases_its_sds_and_no_others() {
     c.batch_execute("TRUNCATE parts").unwrap();
     assert_eq!(beat(&mut c, "s2")["lost_claim"]["reason"], "sd_deleted");
     assert_in_step(&mut c);
+}
+
+#[test]
+fn a_foreign_partition_that_comes_later_is_not_read_with_the_extension_s_rights() {
+    let (db, mut c) = coordinated();
+    let tenant = db.role("tenant");
+    c.batch_execute(&format!(
+        "CREATE TABLE parts (key text PRIMARY KEY, is_working_on boolean) PARTITION BY LIST (key);
+         CREATE TABLE parts_1 PARTITION OF parts FOR VALUES IN ('A');
+         INSERT INTO parts VALUES ('A');
+         ALTER TABLE parts OWNER TO {tenant}; ALTER TABLE parts_1 OWNER TO {tenant};
+         SELECT bind_directives('parts', '{{key}}');
+         CREATE FOREIGN DATA WRAPPER nothing;
+         CREATE SERVER nowhere FOREIGN DATA WRAPPER nothing"
+    ))
+    .unwrap();
+    granted(&mut c, "A", "s1");
+    c.batch_execute(&format!(
+        "CREATE FOREIGN TABLE abroad (key text NOT NULL, is_working_on boolean) SERVER nowhere;
+         ALTER FOREIGN TABLE abroad OWNER TO {tenant}"
+    ))
+    .unwrap();
+    // No unique index can be on all partitions then.
+    c.batch_execute(
+        "ALTER TABLE parts DROP CONSTRAINT parts_pkey;
+         ALTER TABLE parts ATTACH PARTITION abroad FOR VALUES IN ('B')",
+    )
+    .unwrap();
+    for call in ["claim_sd('A', 's2')", "is_sd_claimed('A')", "claim_next_sd('s2')"] {
+        let error = c.batch_execute(&format!("SELECT {call}")).unwrap_err();
+        assert_eq!(sqlstate(&error), "42501", "{call}: {error:?}");
+        assert!(detail(&error).contains("foreign table public.abroad"), "{error:?}");
+    }
+    c.batch_execute("ALTER TABLE parts DETACH PARTITION abroad").unwrap();
+    assert_eq!(claim(&mut c, "A", "s2")["claimed_by"], "s1");
+    release(&mut c, "s1");
+    c.batch_execute(
+        "SELECT unbind_directives(); DROP TABLE parts; DROP FOREIGN DATA WRAPPER nothing CASCADE",
+    )
+    .unwrap();
 }
 
 #[test]

@@ -233,11 +233,68 @@ fn a_claim_that_beats_for_ever_ends_and_is_warned_of_before() {
 }
 
 #[test]
-fn a_trigger_that_refuses_one_release_is_an_error_by_hand() {
+fn a_trigger_that_refuses_one_release_is_told_and_does_not_keep_the_others() {
     let (_db, mut c) = coordinated();
-    granted(&mut c, "SD-1", "s1");
-    age_heartbeat(&mut c, "s1", "1 hour");
-    refuse_release_of(&mut c, "SD-1");
-    assert_eq!(sqlstate(&c.batch_execute("SELECT cleanup_stale_sessions()").unwrap_err()), "P0001");
+    let sessions = ["s1", "s2", "s3"];
+    let stale_again = |c: &mut Client| {
+        for (session, sd) in sessions.iter().zip(["SD-1", "SD-2", "SD-3"]) {
+            granted(c, sd, session);
+            age_heartbeat(c, session, "1 hour");
+        }
+    };
+    for refused in ["SD-1", "SD-2", "SD-3"] {
+        stale_again(&mut c);
+        refuse_release_of(&mut c, refused);
+        // As clients do that put each statement into a savepoint, too.
+        c.batch_execute("BEGIN; SAVEPOINT s").unwrap();
+        let answer = json(&mut c, "SELECT cleanup_stale_sessions()", &[]);
+        c.batch_execute("RELEASE s; COMMIT").unwrap();
+        assert_eq!(answer["stale_sessions_cleaned"], 2, "{answer}");
+        assert_eq!(answer["success"], false);
+        assert_eq!(answer["failed"], 1);
+        let failures = answer["failures"].as_array().unwrap();
+        assert_eq!(failures.len(), 1);
+        assert_eq!(failures[0]["sd_id"], refused);
+        assert_eq!(failures[0]["session_id"], refused.replace("SD-", "s"));
+        assert_eq!(failures[0]["error"], "this SD stays taken");
+        assert_in_step(&mut c);
+        assert_eq!(
+            value(&mut c, "SELECT string_agg(sd_id, ' ') FROM v_directives WHERE is_working_on")
+                .as_deref(),
+            Some(refused)
+        );
+        c.batch_execute("DROP FUNCTION refuse() CASCADE").unwrap();
+        assert_eq!(cleanup(&mut c), 1);
+    }
+    // Each claim ended once, also those that were ended again after it had been rolled back.
+    assert_eq!(
+        count(&mut c, "SELECT count(*) FROM session_lifecycle_events WHERE event_type = 'reaped'"),
+        9
+    );
+}
+
+#[test]
+fn an_error_that_is_not_about_one_claim_fails_the_whole_call() {
+    let (_db, mut c) = coordinated();
+    for n in 1..=3 {
+        granted(&mut c, &format!("SD-{n}"), &format!("s{n}"));
+        age_heartbeat(&mut c, &format!("s{n}"), "1 hour");
+    }
+    let reaped = "SELECT count(*) FROM session_lifecycle_events WHERE event_type = 'reaped'";
+    // Such as a statement_timeout, a shutdown, a serialization failure, a lack of memory.
+    for state in ["57014", "57P01", "40001", "53200"] {
+        c.batch_execute(&format!(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+             $$ BEGIN RAISE 'not now' USING ERRCODE = '{state}'; END $$;
+             CREATE TRIGGER refuse BEFORE UPDATE ON strategic_directives_v2 FOR EACH ROW
+             WHEN (OLD.sd_id = 'SD-2') EXECUTE FUNCTION refuse()"
+        ))
+        .unwrap();
+        let error = c.batch_execute("SELECT cleanup_stale_sessions()").unwrap_err();
+        assert_eq!(sqlstate(&error), state);
+        assert_eq!(count(&mut c, reaped), 0);
+        c.batch_execute("DROP FUNCTION refuse() CASCADE").unwrap();
+    }
+    assert_eq!(cleanup(&mut c), 3);
     assert_in_step(&mut c);
 }

@@ -73,6 +73,18 @@ pub fn refuse_release_of(client: &mut Client, sd: &str) {
         .unwrap();
 }
 
+/// A trigger of the user's that keeps a session's row from being written.
+pub fn refuse_writes_of(client: &mut Client, session: &str) {
+    client
+        .batch_execute(&format!(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+             $$ BEGIN RAISE EXCEPTION 'not this one'; END $$;
+             CREATE TRIGGER refuse BEFORE UPDATE ON claude_sessions FOR EACH ROW
+             WHEN (OLD.session_id = '{session}') EXECUTE FUNCTION refuse()"
+        ))
+        .unwrap();
+}
+
 /// One value as text, NULL as `None`.
 pub fn value(client: &mut Client, sql: &str) -> Option<String> {
     let row = client.query_one(&format!("SELECT ({sql})::text"), &[]).unwrap();

@@ -287,6 +287,51 @@ fn binding_keeps_claims_out_but_not_heartbeats() {
 }
 
 #[test]
+fn a_claim_that_waited_for_a_binding_knows_the_sds_of_the_new_backlog() {
+    let (db, mut binder) = coordinated();
+    binder
+        .batch_execute(
+            "CREATE TABLE mine (key text PRIMARY KEY, is_working_on boolean);
+             INSERT INTO mine VALUES ('M-1');
+             BEGIN; SELECT bind_directives('mine', '{key}')",
+        )
+        .unwrap();
+    let (_, claimer) = blocked_claim(&db, "M-1", "s2");
+    binder.batch_execute("COMMIT").unwrap();
+    let answer = claimer.join().unwrap().unwrap();
+    assert_eq!(answer["success"], true, "{answer}");
+    assert_in_step(&mut binder);
+}
+
+#[test]
+fn a_catalogue_that_changes_while_the_mirror_is_written_is_read_with_the_extension_s_rights() {
+    let (db, mut c) = coordinated();
+    let tenant = db.role("tenant");
+    c.batch_execute(&format!(
+        "CREATE TABLE theirs (key text PRIMARY KEY, title text, is_working_on boolean);
+         INSERT INTO theirs VALUES ('A');
+         ALTER TABLE theirs OWNER TO {tenant};
+         SELECT bind_directives('theirs', '{{key}}')"
+    ))
+    .unwrap();
+    granted(&mut c, "A", "s1");
+    // The mirror is right already, so that no trigger of the extension's comes to read the catalogue.
+    c.batch_execute(
+        "SET session_replication_role = replica; UPDATE theirs SET is_working_on = false;
+         RESET session_replication_role",
+    )
+    .unwrap();
+    let mut changer = db.connect();
+    // Lets rows be locked, and not written.
+    changer.batch_execute("BEGIN; CREATE INDEX ON theirs (title)").unwrap();
+    let (_, released) = blocked(&db, |client| release(client, "s1"));
+    changer.batch_execute("COMMIT").unwrap();
+    assert_eq!(released.join().unwrap()["success"], true);
+    assert_in_step(&mut c);
+    c.batch_execute("SELECT unbind_directives(); DROP TABLE theirs").unwrap();
+}
+
+#[test]
 fn nobody_is_evicted_for_a_claim_that_is_refused_in_the_end() {
     let (db, mut c) = coordinated();
     let held = granted(&mut c, "SD-1", "s1");

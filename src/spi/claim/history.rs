@@ -139,7 +139,7 @@ fn open_directly(
 
 /// The next fencing token.
 pub fn next_id(db: &Db<'_>) -> Result<i64> {
-    Ok(next_value(db.catalog()?.claim_ids))
+    next_value(db.catalog()?.claim_ids, "sd_claims.claim_id")
 }
 
 static OPEN_AS: Statement = Statement::new(

@@ -113,8 +113,17 @@ pub fn scan(db: &Db<'_>, policy: Policy, after: i64, limit: i32) -> Result<Vec<C
     Ok(candidates)
 }
 
+/// Does what is to be done about these claims. Returns how many were ended.
+pub fn attend_all(db: &Db<'_>, candidates: &[Candidate], policy: Policy) -> Result<i64> {
+    let mut reaped = 0;
+    for candidate in candidates {
+        reaped += i64::from(attend(db, candidate, policy)?);
+    }
+    Ok(reaped)
+}
+
 /// Does what is to be done about one claim. Returns whether it was ended.
-pub fn attend(db: &Db<'_>, candidate: &Candidate, policy: Policy) -> Result<bool> {
+fn attend(db: &Db<'_>, candidate: &Candidate, policy: Policy) -> Result<bool> {
     if candidate.is_ahead {
         pull_back(db, &candidate.session_id)?;
         return Ok(false);

@@ -33,7 +33,7 @@ pub struct Backlog {
     /// What of its owner's code planning a statement on it would run.
     untrusted: Option<String>,
     /// Its deferrable constraints, as SET CONSTRAINTS names them, and whether each is deferred unless
-    /// told otherwise.
+    /// told otherwise, and can be again.
     pub deferrable: Vec<(String, bool)>,
 }
 
@@ -237,7 +237,13 @@ pub struct Order {
 
 fn deferrable_constraints(db: &Db<'_>, table: pg_sys::Oid) -> Result<Vec<(String, bool)>> {
     let rows = db.ask(
-        "SELECT DISTINCT pg_catalog.format('%I.%I', n.nspname, c.conname), t.tginitdeferred
+        // Constraints of several tables may have one name, which stands for all of them then. Where one of those
+        // cannot be deferred, none can be by that name.
+        "SELECT DISTINCT pg_catalog.format('%I.%I', n.nspname, c.conname),
+                t.tginitdeferred
+                AND NOT EXISTS (SELECT FROM pg_catalog.pg_constraint namesake
+                                 WHERE namesake.connamespace = c.connamespace
+                                   AND namesake.conname = c.conname AND NOT namesake.condeferrable)
            FROM pg_catalog.pg_trigger t
            JOIN pg_catalog.pg_constraint c ON c.oid = t.tgconstraint
            JOIN pg_catalog.pg_namespace n ON n.oid = c.connamespace

@@ -11,12 +11,17 @@ use crate::spi::row::Row;
 use crate::spi::statement::Db;
 
 /// A function, operator or domain of an ordinary role's that an index, a constraint, extended statistics or
-/// the partitioning of the table uses, described. None of a table that is a superuser's.
+/// the partitioning of the table uses, described. Or the table itself or a partition, if it is not a table but
+/// a view or a foreign table, which it may have become after it was bound: reading it runs what its owner
+/// pleases. None of tables that are a superuser's.
 pub fn untrusted(db: &Db<'_>, table: pg_sys::Oid) -> Result<Option<String>> {
     let rows = db.ask(
         "WITH tables AS (
-             SELECT $1 AS oid
-              UNION SELECT relid::oid FROM pg_catalog.pg_partition_tree($1)),
+             SELECT c.oid, c.relkind
+               FROM (SELECT $1 AS oid
+                      UNION SELECT relid::oid FROM pg_catalog.pg_partition_tree($1)) t
+               JOIN pg_catalog.pg_class c ON c.oid = t.oid
+               JOIN pg_catalog.pg_roles r ON r.oid = c.relowner AND NOT r.rolsuper),
               users AS (
              SELECT 'pg_catalog.pg_class'::pg_catalog.regclass::oid AS classid, i.indexrelid AS objid
                FROM pg_catalog.pg_index i JOIN tables t ON t.oid = i.indrelid
@@ -43,8 +48,9 @@ pub fn untrusted(db: &Db<'_>, table: pg_sys::Oid) -> Result<Option<String>> {
          SELECT pg_catalog.pg_describe_object(used.refclassid, used.refobjid, 0)
            FROM used
            JOIN pg_catalog.pg_roles owner ON owner.oid = used.owner AND NOT owner.rolsuper
-          WHERE NOT (SELECT r.rolsuper FROM pg_catalog.pg_class c
-                       JOIN pg_catalog.pg_roles r ON r.oid = c.relowner WHERE c.oid = $1)
+          UNION ALL
+         SELECT pg_catalog.pg_describe_object('pg_catalog.pg_class'::pg_catalog.regclass, t.oid, 0)
+           FROM tables t WHERE t.relkind NOT IN ('r', 'p')
           LIMIT 1",
         &[table.into()],
     )?;

@@ -35,7 +35,11 @@ static FIND: Statement = Statement::new(
 /// The SD that `key` names, if the backlog has it.
 pub fn find(db: &Db<'_>, key: &str) -> Result<Option<Found>> {
     if db.catalog()?.is_own_backlog_in_use {
-        return own::find(db, key);
+        let found = own::find(db, key)?;
+        // Whoever was waited for there may have bound another backlog.
+        if db.catalog()?.is_own_backlog_in_use {
+            return Ok(found);
+        }
     }
     catalog::usable_backlog(db)?;
     let Some(row) = db.first_row(&FIND, &[key.into()])? else {

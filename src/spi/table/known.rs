@@ -38,7 +38,10 @@ struct Index {
     columns: Vec<i16>,
     is_unique: bool,
     is_primary: bool,
+    is_valid: bool,
     is_partial: bool,
+    /// The columns that it has or that its condition is about.
+    concerned: Vec<usize>,
     /// A B-tree on columns, checked at once.
     is_simple: bool,
 }
@@ -54,6 +57,8 @@ pub struct Entry {
     pub is_unique: bool,
     /// Whether it is the primary key's, which no update here changes.
     pub is_primary: bool,
+    /// Whether all rows are in it. One that is just being built may lack some.
+    pub is_valid: bool,
     /// Whether all its columns are of type text.
     pub is_on_texts: bool,
     /// Which rows it has.
@@ -79,6 +84,18 @@ impl Entry {
             (true, "sd_claims_open_key") => Rows::Open,
             (true, _) => return None,
         };
+        // One of another condition has other rows.
+        let concerned: &[usize] = match rows {
+            Rows::All => &[],
+            Rows::Holding => &[layout::sessions::SD_ID, layout::sessions::STATUS],
+            Rows::Open => &[layout::claims::SD_ID, layout::claims::RELEASED_AT],
+        };
+        if index.is_partial
+            && !(index.concerned.len() == concerned.len()
+                && concerned.iter().all(|column| index.concerned.contains(column)))
+        {
+            return None;
+        }
         let columns = index.columns.iter().map(|column| usize::try_from(*column).ok());
         let columns: Vec<usize> = columns.collect::<Option<_>>()?;
         let is_text = |position: &usize| {
@@ -92,6 +109,7 @@ impl Entry {
             columns,
             is_unique: index.is_unique,
             is_primary: index.is_primary,
+            is_valid: index.is_valid,
             rows,
         })
     }
@@ -101,7 +119,8 @@ impl Entry {
 pub type AllKnown = [Option<Rc<Known>>; Name::ALL.len()];
 
 // From the catalogue and not from the server's description of an open table: opening it would wait for
-// whoever has locked it, as a change of the backlog does.
+// whoever has locked it, as a change of the backlog does. So would the server's functions that show an index's
+// condition.
 const LOOK: &str = "
     SELECT c.oid, c.relnamespace,
            ARRAY(SELECT a.attname || ' ' || a.atttypid FROM pg_catalog.pg_attribute a
@@ -113,9 +132,18 @@ const LOOK: &str = "
            c.relkind = 'r' AND NOT c.relispartition AND NOT c.relhassubclass AND NOT c.relhasrules
            AND NOT c.relrowsecurity
            AND NOT EXISTS (SELECT FROM pg_catalog.pg_attribute a
-                            WHERE a.attrelid = c.oid AND a.attgenerated <> '')
+                            WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+                              AND (a.attgenerated <> '' OR a.atttypmod <> -1))
            AND NOT EXISTS (SELECT FROM pg_catalog.pg_trigger t
-                            WHERE t.tgrelid = c.oid AND t.tgenabled NOT IN ('O', 'A')),
+                            WHERE t.tgrelid = c.oid
+                              AND (t.tgenabled NOT IN ('O', 'A')
+                                   OR NOT EXISTS (
+                                       SELECT FROM pg_catalog.pg_depend d
+                                         JOIN pg_catalog.pg_extension e
+                                           ON e.oid = d.refobjid AND e.extname = 'pg_claims'
+                                        WHERE d.classid = 'pg_catalog.pg_proc'::pg_catalog.regclass
+                                          AND d.objid = t.tgfoid AND d.deptype = 'e'
+                                          AND d.refclassid = 'pg_catalog.pg_extension'::pg_catalog.regclass))),
            ARRAY(SELECT i.relname::text FROM pg_catalog.pg_index x
                    JOIN pg_catalog.pg_class i ON i.oid = x.indexrelid
                   WHERE x.indrelid = c.oid AND (x.indexprs IS NOT NULL OR x.indpred IS NOT NULL)),
@@ -123,7 +151,13 @@ const LOOK: &str = "
                        'oid', x.indexrelid::bigint, 'name', i.relname,
                        'columns', pg_catalog.string_to_array(x.indkey::text, ' ')::integer[],
                        'is_unique', x.indisunique, 'is_primary', x.indisprimary,
+                       'is_valid', x.indisvalid,
                        'is_partial', x.indpred IS NOT NULL,
+                       'concerned', ARRAY(SELECT DISTINCT d.refobjsubid FROM pg_catalog.pg_depend d
+                                           WHERE d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass
+                                             AND d.objid = x.indexrelid AND d.refobjid = c.oid
+                                             AND d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass
+                                             AND d.refobjsubid > 0),
                        'is_simple', i.relam = 403 AND x.indexprs IS NULL AND x.indimmediate
                                     AND NOT x.indisexclusion))
               FROM pg_catalog.pg_index x JOIN pg_catalog.pg_class i ON i.oid = x.indexrelid
@@ -152,19 +186,20 @@ impl Known {
                     continue;
                 }
                 let Some(indexes) = indexes(layout, found, schema) else { continue };
-                let is_as_made = is_plain
-                    && columns.len() == layout.columns.len()
-                    && computed.iter().all(|index| layout.computed.contains(&index.as_str()))
-                    && same_names(&not_null, layout.not_null)
-                    && same_names(&checks, layout.checks)
-                    && same_names(&triggers, layout.triggers);
-                let key = layout.key_column();
                 let all: Vec<Index> = match row.get::<JsonB>(8)? {
                     Some(JsonB(all)) => serde_json::from_value(all)?,
                     None => Vec::new(),
                 };
                 let entries: Vec<Entry> =
                     all.iter().filter_map(|index| Entry::of(index, layout)).collect();
+                let is_as_made = is_plain
+                    && has_decider(name, &entries)
+                    && columns.len() == layout.columns.len()
+                    && computed.iter().all(|index| layout.computed.contains(&index.as_str()))
+                    && same_names(&not_null, layout.not_null)
+                    && same_names(&checks, layout.checks)
+                    && same_names(&triggers, layout.triggers);
+                let key = layout.key_column();
                 let has_other_indexes = entries.len() < all.len();
                 let known_table = Self {
                     oid: found,
@@ -202,6 +237,18 @@ impl Known {
 fn has_columns(layout: &Layout, columns: &[String]) -> bool {
     let made = layout.columns.iter().map(|(name, of_type)| format!("{name} {}", of_type.value()));
     columns.len() >= layout.columns.len() && made.zip(columns).all(|(made, is)| made == *is)
+}
+
+/// Whether the table has the unique index that decides who of several gets an SD, if it is one that has.
+fn has_decider(name: Name, entries: &[Entry]) -> bool {
+    let (rows, column) = match name {
+        Name::Sessions => (Rows::Holding, layout::sessions::SD_ID),
+        Name::Claims => (Rows::Open, layout::claims::SD_ID),
+        _ => return true,
+    };
+    entries.iter().any(|entry| {
+        entry.rows == rows && entry.columns == [column] && entry.is_unique && entry.is_valid
+    })
 }
 
 /// The indexes by which the table is read.

@@ -252,7 +252,11 @@ impl Table {
         // check would visit every version of the row that anybody may still see.
         let is_unchanged = old.is_some_and(|old| entry.keeps_key(old, row));
         let check = match uniqueness {
-            _ if is_unchanged || !entry.is_unique => pg_sys::IndexUniqueCheck::UNIQUE_CHECK_NO,
+            // An index that is just being built may lack the old version, and would then let another row have
+            // the key.
+            _ if (is_unchanged && entry.is_valid) || !entry.is_unique => {
+                pg_sys::IndexUniqueCheck::UNIQUE_CHECK_NO
+            }
             // Two rows with one primary key could not be told apart any more.
             Uniqueness::Told if entry.rows != Rows::All => {
                 pg_sys::IndexUniqueCheck::UNIQUE_CHECK_PARTIAL
@@ -413,7 +417,10 @@ unsafe extern "C-unwind" {
 }
 
 /// The next value of a sequence of the extension's own, whatever the caller's rights.
-pub fn next_value(sequence: pg_sys::Oid) -> i64 {
-    // SAFETY: an error, as where that is no sequence, is caught at the boundary and unwinds as usual.
-    unsafe { pg_sys::ffi::pg_guard_ffi_boundary(|| nextval_internal(sequence, false)) }
+pub fn next_value(sequence: pg_sys::Oid, of: &'static str) -> Result<i64> {
+    if sequence == pg_sys::Oid::INVALID {
+        return Err(ClaimError::Corrupt { what: of });
+    }
+    // SAFETY: an error is caught at the boundary and unwinds as usual.
+    Ok(unsafe { pg_sys::ffi::pg_guard_ffi_boundary(|| nextval_internal(sequence, false)) })
 }

@@ -1,0 +1,57 @@
+//! Where the server cannot give the memory for the heartbeat board.
+
+use std::fs::{Permissions, set_permissions};
+use std::os::unix::fs::PermissionsExt;
+
+use pg_claims_tests::{Stop, json, wait_until};
+
+use crate::board::{heartbeats, is_on_board, needs_no_preloading};
+use crate::support::*;
+use crate::worker::{connect, is_free, served};
+
+#[test]
+fn where_the_memory_cannot_be_made_all_works_on_the_table_until_it_can() {
+    let settings = ["dynamic_shared_memory_type = mmap", "pg_claims.worker = off"];
+    let (server, c) = served("board-memory", &settings);
+    drop(c);
+    server.stop(Stop::Fast).unwrap();
+    server.start().unwrap();
+    // The server keeps such memory in files there.
+    let folder = server.data().join("pg_dynshmem");
+    let could = std::fs::metadata(&folder).unwrap().permissions();
+    set_permissions(&folder, Permissions::from_mode(0o500)).unwrap();
+
+    let mut c = connect(&server, "postgres");
+    granted(&mut c, "SD-1", "s1");
+    for _ in 0..2 {
+        assert_eq!(beat(&mut c, "s1")["sd_id"], "SD-1");
+        assert!(!is_on_board(&mut c, "s1"));
+    }
+    let (in_table, counts) = heartbeats(&mut c, "s1");
+    assert_eq!(in_table, counts);
+    // Also from another process, in a transaction that then goes on.
+    let mut other = connect(&server, "postgres");
+    other.batch_execute("BEGIN; CREATE TABLE kept (n integer)").unwrap();
+    assert_eq!(claim(&mut other, "SD-1", "s2")["claimed_by"], "s1");
+    assert_eq!(count(&mut other, "SELECT count(*) FROM v_active_sessions"), 3);
+    other.batch_execute("COMMIT; SELECT FROM kept").unwrap();
+    age_heartbeat(&mut c, "s1", "1 hour");
+    assert_eq!(json(&mut c, "SELECT cleanup_stale_sessions()", &[])["stale_sessions_cleaned"], 1);
+    assert!(is_free(&mut c, "SD-1"));
+    let doctor = "SELECT status FROM coordination_check() WHERE name = 'heartbeat_board'";
+    assert_eq!(value(&mut c, doctor).as_deref(), Some("warning"));
+
+    set_permissions(&folder, could).unwrap();
+    if needs_no_preloading(&mut c) {
+        for c in [&mut c, &mut other] {
+            wait_until("the board to be there", || {
+                beat(c, "s2");
+                is_on_board(c, "s2")
+            });
+        }
+        assert_eq!(value(&mut c, doctor).as_deref(), Some("ok"));
+    }
+    granted(&mut c, "SD-1", "s1");
+    assert_in_step(&mut c);
+    server.discard().unwrap();
+}

@@ -1,0 +1,130 @@
+//! Parts of a transaction that may fail without failing it.
+
+use std::panic::AssertUnwindSafe;
+
+use pgrx::pg_sys::panic::{CaughtError, ErrorReport};
+use pgrx::pg_sys::{self, PgTryBuilder};
+use pgrx::{PgLogLevel, PgSqlErrorCode};
+
+use crate::error::Result;
+
+/// Does `work` for all items at once or, where that fails, for the halves of them, so that an item that fails
+/// is told to `failed`, with the error's message, and keeps no other from being done. What fails is rolled back: what `work` tells
+/// anybody but the database it must tell through what it returns.
+pub fn each_or_halves<T, R>(
+    items: &[T],
+    work: &impl Fn(&[T]) -> Result<R>,
+    done: &mut impl FnMut(R),
+    failed: &mut impl FnMut(&T, String),
+) {
+    if items.is_empty() {
+        return;
+    }
+    match attempt(|| work(items)) {
+        Ok(result) => done(result),
+        Err(message) => match items {
+            [item] => failed(item, message),
+            _ => {
+                let (first, second) = items.split_at(items.len() / 2);
+                each_or_halves(first, work, done, failed);
+                each_or_halves(second, work, done, failed);
+            }
+        },
+    }
+}
+
+/// Does `work` in a subtransaction, which is rolled back if it fails; then the answer is the error's message.
+/// Failures that are not about the work itself go on as errors.
+fn attempt<R>(work: impl FnOnce() -> Result<R>) -> Result<R, String> {
+    in_subtransaction(work)
+        .map_err(|error| if ends_all(&error) { error.rethrow() } else { message_of(&error) })
+}
+
+/// The error's message.
+pub fn message_of(error: &CaughtError) -> String {
+    match error {
+        CaughtError::PostgresError(report)
+        | CaughtError::ErrorReport(report)
+        | CaughtError::RustPanic { ereport: report, .. } => report.message().to_owned(),
+    }
+}
+
+/// Does `work`, which has to do with shared memory and may be done outside of a transaction too. In parallel mode
+/// its errors go on: the server allows no subtransaction there.
+#[cfg(any(feature = "pg17", feature = "pg18"))]
+pub fn on_shared_memory<R>(work: impl FnOnce() -> R) -> Result<R, CaughtError> {
+    // SAFETY: the calls read what this process is in. Outside of a transaction nothing but the locks and the
+    // memory context is to be set right.
+    unsafe {
+        if pg_sys::IsInParallelMode() {
+            return Ok(work());
+        }
+        if pg_sys::IsTransactionState() {
+            return in_subtransaction(|| Ok(work()));
+        }
+        let context = pg_sys::CurrentMemoryContext;
+        let outcome = caught(|| Ok(work()));
+        if outcome.is_err() {
+            pg_sys::LWLockReleaseAll();
+        }
+        pg_sys::MemoryContextSwitchTo(context);
+        outcome
+    }
+}
+
+fn in_subtransaction<R>(work: impl FnOnce() -> Result<R>) -> Result<R, CaughtError> {
+    // SAFETY: what the server's own languages do around a block that handles errors: the memory context and
+    // the resource owner are those from before, whichever way it ends.
+    let (context, owner) = unsafe {
+        let before = (pg_sys::CurrentMemoryContext, pg_sys::CurrentResourceOwner);
+        pg_sys::BeginInternalSubTransaction(std::ptr::null());
+        pg_sys::MemoryContextSwitchTo(before.0);
+        before
+    };
+    let outcome = caught(|| {
+        let result = work()?;
+        // SAFETY: the subtransaction is the one from above; may raise an error.
+        unsafe { pg_sys::ReleaseCurrentSubTransaction() };
+        Ok(result)
+    });
+    // SAFETY: as above.
+    unsafe {
+        if outcome.is_err() {
+            pg_sys::MemoryContextSwitchTo(context);
+            pg_sys::RollbackAndReleaseCurrentSubTransaction();
+        }
+        pg_sys::MemoryContextSwitchTo(context);
+        pg_sys::CurrentResourceOwner = owner;
+    }
+    outcome
+}
+
+/// Does `work` and catches what it raises.
+fn caught<R>(work: impl FnOnce() -> Result<R>) -> Result<R, CaughtError> {
+    // Neither the closure nor what it borrows is used again after a failure.
+    PgTryBuilder::new(AssertUnwindSafe(|| Ok(work().unwrap_or_else(|error| raise(error.into())))))
+        .catch_others(Err)
+        .catch_rust_panic(Err)
+        .execute()
+}
+
+/// Whether an error is not about what was being done: the call is to end, the server lacks something, the whole
+/// transaction must be tried again, or this is a bug.
+fn ends_all(error: &CaughtError) -> bool {
+    let (CaughtError::PostgresError(report) | CaughtError::ErrorReport(report)) = error else {
+        return true;
+    };
+    use PgSqlErrorCode::{
+        ERRCODE_INSUFFICIENT_RESOURCES, ERRCODE_OPERATOR_INTERVENTION, ERRCODE_TRANSACTION_ROLLBACK,
+    };
+    // The first two of five characters of six bits each.
+    let class = |code: PgSqlErrorCode| code as i32 & 0xfff;
+    [ERRCODE_INSUFFICIENT_RESOURCES, ERRCODE_OPERATOR_INTERVENTION, ERRCODE_TRANSACTION_ROLLBACK]
+        .iter()
+        .any(|known| class(*known) == class(report.sql_error_code()))
+}
+
+fn raise(report: ErrorReport) -> ! {
+    report.report(PgLogLevel::ERROR);
+    unreachable!("an error is raised")
+}
