@@ -49,25 +49,31 @@ pub fn message_of(error: &CaughtError) -> String {
     }
 }
 
-/// Does `work`, which has to do with shared memory and may be done outside of a transaction too. In parallel mode
-/// its errors go on: the server allows no subtransaction there.
-#[cfg(any(feature = "pg17", feature = "pg18"))]
+/// Does `work`, which finds or makes shared memory and touches nothing else. Also outside of a transaction, and in
+/// parallel mode, where the server allows no subtransaction. Must not be called with a lock of the server's on
+/// shared memory held.
 pub fn on_shared_memory<R>(work: impl FnOnce() -> R) -> Result<R, CaughtError> {
-    // SAFETY: the calls read what this process is in. Outside of a transaction nothing but the locks and the
-    // memory context is to be set right.
+    use pg_sys::ResourceReleasePhase::{
+        RESOURCE_RELEASE_AFTER_LOCKS, RESOURCE_RELEASE_BEFORE_LOCKS, RESOURCE_RELEASE_LOCKS,
+    };
+    // SAFETY: what has begun when an error comes is undone as the abort of a transaction does: locks on shared
+    // memory and what is mapped; the latter belongs to an owner of its own, until it is there to stay.
     unsafe {
-        if pg_sys::IsInParallelMode() {
-            return Ok(work());
-        }
-        if pg_sys::IsTransactionState() {
-            return in_subtransaction(|| Ok(work()));
-        }
-        let context = pg_sys::CurrentMemoryContext;
+        let (context, owner) = (pg_sys::CurrentMemoryContext, pg_sys::CurrentResourceOwner);
+        let own = pg_sys::ResourceOwnerCreate(owner, c"pg_claims".as_ptr());
+        pg_sys::CurrentResourceOwner = own;
         let outcome = caught(|| Ok(work()));
         if outcome.is_err() {
             pg_sys::LWLockReleaseAll();
         }
         pg_sys::MemoryContextSwitchTo(context);
+        for phase in
+            [RESOURCE_RELEASE_BEFORE_LOCKS, RESOURCE_RELEASE_LOCKS, RESOURCE_RELEASE_AFTER_LOCKS]
+        {
+            pg_sys::ResourceOwnerRelease(own, phase, false, false);
+        }
+        pg_sys::CurrentResourceOwner = owner;
+        pg_sys::ResourceOwnerDelete(own);
         outcome
     }
 }
@@ -108,20 +114,27 @@ fn caught<R>(work: impl FnOnce() -> Result<R>) -> Result<R, CaughtError> {
         .execute()
 }
 
-/// Whether an error is not about what was being done: the call is to end, the server lacks something, the whole
-/// transaction must be tried again, or this is a bug.
+/// Whether an error is not about the one thing that was being done: the call is to end, the server lacks something,
+/// the whole transaction can do nothing or must be tried again, a lock that all need was not to be had, or this is
+/// a bug.
 fn ends_all(error: &CaughtError) -> bool {
     let (CaughtError::PostgresError(report) | CaughtError::ErrorReport(report)) = error else {
         return true;
     };
     use PgSqlErrorCode::{
-        ERRCODE_INSUFFICIENT_RESOURCES, ERRCODE_OPERATOR_INTERVENTION, ERRCODE_TRANSACTION_ROLLBACK,
+        ERRCODE_INSUFFICIENT_RESOURCES, ERRCODE_INVALID_TRANSACTION_STATE,
+        ERRCODE_LOCK_NOT_AVAILABLE, ERRCODE_OPERATOR_INTERVENTION, ERRCODE_TRANSACTION_ROLLBACK,
     };
+    let code = report.sql_error_code();
     // The first two of five characters of six bits each.
     let class = |code: PgSqlErrorCode| code as i32 & 0xfff;
-    [ERRCODE_INSUFFICIENT_RESOURCES, ERRCODE_OPERATOR_INTERVENTION, ERRCODE_TRANSACTION_ROLLBACK]
-        .iter()
-        .any(|known| class(*known) == class(report.sql_error_code()))
+    let classes = [
+        ERRCODE_INVALID_TRANSACTION_STATE,
+        ERRCODE_TRANSACTION_ROLLBACK,
+        ERRCODE_INSUFFICIENT_RESOURCES,
+        ERRCODE_OPERATOR_INTERVENTION,
+    ];
+    code == ERRCODE_LOCK_NOT_AVAILABLE || classes.iter().any(|known| class(*known) == class(code))
 }
 
 fn raise(report: ErrorReport) -> ! {

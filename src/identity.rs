@@ -58,22 +58,27 @@ impl Rights {
     }
 }
 
-/// The rights from before acting as a backlog's owner, until it is dropped: for what that owner may not read. The
-/// current ones otherwise.
-pub struct Unacting(Rights);
+/// The rights from before acting as a backlog's owner, until it is dropped: for what that owner may not read. With
+/// them goes a search_path of the server's own names, as that owner has objects in the one that the acting has.
+pub struct Unacting {
+    rights: Rights,
+    _search_path: LocalSettings,
+}
 
 impl Unacting {
-    /// Begins.
-    pub fn new() -> Self {
-        let now = Rights::current();
-        BEFORE.get().unwrap_or(now).set();
-        Self(now)
+    /// Begins; `None` where nobody is acting.
+    pub fn new() -> Option<Self> {
+        let before = BEFORE.get()?;
+        let search_path = LocalSettings::new(&[(c"search_path", c"pg_catalog, pg_temp")]);
+        let rights = Rights::current();
+        before.set();
+        Some(Self { rights, _search_path: search_path })
     }
 }
 
 impl Drop for Unacting {
     fn drop(&mut self) {
-        self.0.set();
+        self.rights.set();
     }
 }
 

@@ -1,5 +1,7 @@
 //! What an operator, or pg_cron, does by hand: the worker's steps.
 
+use std::collections::HashSet;
+
 use chrono::TimeDelta;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
@@ -59,9 +61,9 @@ fn cleanup_stale_sessions(
     })?;
     failures.warn();
     Ok(super::json(&json!({
-        "success": failures.count == 0,
+        "success": failures.sessions.is_empty(),
         "stale_sessions_cleaned": reaped,
-        "failed": failures.count,
+        "failed": failures.sessions.len(),
         "failures": failures.first,
         "cleaned_at": time::now(),
     }))?)
@@ -70,7 +72,7 @@ fn cleanup_stale_sessions(
 /// What could not be done, such as for a trigger of the user's.
 #[derive(Default)]
 struct Failures {
-    count: u64,
+    sessions: HashSet<String>,
     first: Vec<Failure>,
 }
 
@@ -87,8 +89,7 @@ impl Failures {
     const MOST: usize = 10;
 
     fn add(&mut self, session_id: &str, sd_id: Option<&str>, error: String) {
-        self.count += 1;
-        if self.first.len() < Self::MOST {
+        if self.sessions.insert(session_id.to_owned()) && self.first.len() < Self::MOST {
             let sd_id = sd_id.map(str::to_owned);
             self.first.push(Failure { session_id: session_id.to_owned(), sd_id, error });
         }
@@ -99,11 +100,11 @@ impl Failures {
         let Some(first) = self.first.first() else { return };
         ErrorReport::new(
             PgSqlErrorCode::ERRCODE_WARNING,
-            format!("{} stale sessions could not be cleaned up", self.count),
+            format!("not all could be done for {} sessions", self.sessions.len()),
             "pg_claims",
         )
         .set_detail(format!("The first is session \"{}\": {}", first.session_id, first.error))
-        .set_hint("All others have been. The answer's \"failures\" tell of the first ten.")
+        .set_hint("Nothing else was kept by that. The answer's \"failures\" tell of the first ten.")
         .report(PgLogLevel::WARNING);
     }
 }

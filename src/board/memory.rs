@@ -14,6 +14,7 @@ use pgrx::pg_sys;
 #[cfg(any(feature = "pg17", feature = "pg18"))]
 use super::on_demand;
 use super::saved;
+use crate::attempt::{message_of, on_shared_memory};
 use crate::guc;
 
 pub(super) const NAME: &CStr = c"pg_claims board";
@@ -146,8 +147,17 @@ extern "C-unwind" fn startup_hook() {
 
 /// In the launcher: keeps the board over a shutdown, unless the postmaster does.
 pub fn keep_over_shutdown() {
-    if PRELOADED.get() || Board::get().is_none() {
+    if PRELOADED.get() {
         return;
+    }
+    match on_shared_memory(Board::get) {
+        Ok(Some(_)) => {}
+        Ok(None) => return,
+        // Whoever beats or claims is told. This process must not end again and again for it.
+        Err(error) => {
+            pgrx::log!("pg_claims launcher: {}", message_of(&error));
+            return;
+        }
     }
     // Left by a launcher that ended before this one.
     saved::discard();

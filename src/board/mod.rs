@@ -29,8 +29,6 @@ pub fn init() {
 
 thread_local! {
     static TIMES_CLOSED: Cell<u64> = const { Cell::new(0) };
-    /// Where the next look for heartbeats that are to be written begins.
-    static FROM_SHELF: Cell<usize> = const { Cell::new(0) };
 }
 
 /// How many times this process has closed entries.
@@ -180,14 +178,14 @@ pub fn unwritten(table: pg_sys::Oid, lag: i64, limit: usize) -> Vec<(String, i64
     let Some(board) = Board::get() else { return Vec::new() };
     let mut found = Vec::new();
     // From another shelf each time: those that cannot be written must not always come first.
-    let from = FROM_SHELF.get().wrapping_add(1);
-    FROM_SHELF.set(from);
-    board.each_shared_from(from, |shelf| {
+    // SAFETY: reads the clock.
+    let any = unsafe { pg_sys::GetCurrentTimestamp() }.unsigned_abs() as usize;
+    board.each_shared_from(any, |shelf| {
         for entry in shelf.entries().filter(|entry| is_in(entry, table)) {
             if found.len() == limit {
                 return;
             }
-            let lag = if entry.is_closed() { 1 } else { lag.min(entry.most_lag()) };
+            let lag = if entry.is_closed() { 1 } else { lag.min(entry.most_lag()).max(1) };
             if entry.beat_at() >= entry.written_at().saturating_add(lag) {
                 found.push((entry.session_id(), entry.beat_at()));
             }

@@ -31,7 +31,8 @@ struct Agreed {
 
 const NAME_OF_AGREED: &CStr = c"pg_claims board size";
 
-/// How long a process does without before it tries again to make the board, unless it has been made.
+/// How long a process does without before it tries again to make the board, once all have agreed on one and nobody
+/// has made it.
 const TRY_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 thread_local! {
@@ -43,11 +44,11 @@ thread_local! {
 
 /// The board; `None` where there is none, or none can be made.
 pub(super) fn find() -> Option<Board> {
-    let is_made = || AGREED.get().is_some_and(|agreed| agreed.made.load(Ordering::Acquire) != 0);
+    let agreed = agreed()?;
+    let is_made = || agreed.made.load(Ordering::Acquire) != 0;
     if FAILED_AT.get().is_some_and(|at| at.elapsed() < TRY_AGAIN_AFTER) && !is_made() {
         return None;
     }
-    let agreed = agreed()?;
     if agreed.magic.load(Ordering::Relaxed) != memory::MAGIC {
         unreachable_board(
             "It was made by another version of pg_claims, which processes that are there may go on using.".into(),
@@ -81,18 +82,19 @@ fn agreed() -> Option<&'static Agreed> {
             AGREED.set(Some(agreed));
             Some(agreed)
         }
-        Err(Missing { was_there: false, error }) => do_without(&error),
-        Err(Missing { was_there: true, error }) => unreachable_board(
+        Err(Missing { was_there: Some(false), error }) => do_without(&error),
+        Err(Missing { was_there: None, error }) if !is_registry_made() => do_without(&error),
+        Err(Missing { error, .. }) => unreachable_board(
             message_of(&error),
-            "Restart the server, with more shared memory if that is what it lacked, or with pg_claims in shared_preload_libraries.",
+            "Connect again; if that does not help, restart the server, with more shared memory if that is what it lacks, or with pg_claims in shared_preload_libraries.",
         ),
     }
 }
 
 /// Memory that the server could not give.
 struct Missing {
-    /// Whether somebody had made it, or begun to.
-    was_there: bool,
+    /// Whether somebody had made it, or begun to, if the server got as far as to look.
+    was_there: Option<bool>,
     error: CaughtError,
 }
 
@@ -101,12 +103,43 @@ fn segment(
     size: usize,
     prepare: unsafe extern "C-unwind" fn(*mut c_void),
 ) -> Result<*mut c_void, Missing> {
-    let mut was_there = false;
+    const NEITHER: u8 = 2;
+    let mut was_there = NEITHER;
     on_shared_memory(|| {
-        // SAFETY: may raise an error for lack of memory, which is caught.
-        unsafe { pg_sys::GetNamedDSMSegment(name.as_ptr(), size, Some(prepare), &mut was_there) }
+        // SAFETY: the server writes a boolean there, which any byte has room for, and reads none. May raise an
+        // error for lack of memory, which is caught.
+        unsafe {
+            let was_there = (&raw mut was_there).cast::<bool>();
+            pg_sys::GetNamedDSMSegment(name.as_ptr(), size, Some(prepare), was_there)
+        }
     })
-    .map_err(|error| Missing { was_there, error })
+    .map_err(|error| Missing { was_there: (was_there != NEITHER).then_some(was_there != 0), error })
+}
+
+/// Whether anybody has made the server's own list of such memory, without which there is none.
+fn is_registry_made() -> bool {
+    /// As the server has it.
+    #[repr(C)]
+    struct Registry {
+        area: u32,
+        table: u64,
+    }
+    let found = on_shared_memory(|| {
+        let mut found = false;
+        // SAFETY: the server has made this at its start, and refuses another size.
+        unsafe {
+            pg_sys::ShmemInitStruct(
+                c"DSM Registry Data".as_ptr(),
+                size_of::<Registry>(),
+                &mut found,
+            )
+            .cast::<Registry>()
+            .read_volatile()
+            .area
+        }
+    });
+    // What cannot be told counts as made.
+    !found.is_ok_and(|area| area == 0)
 }
 
 #[pgrx::pg_guard]

@@ -328,6 +328,7 @@ fn write_heartbeats(stay: &Stay<'_>, run: &mut health::Run) -> bool {
         tend_connections(run);
         // Noted only once it is committed; each step is a transaction.
         match written.map(heartbeat::Written::note) {
+            Ok(true) if stay.is_over() => return true,
             Ok(true) => any = true,
             Ok(false) => return any,
             Err(_) => return write_singly(stay, run, &unwritten) || any,
@@ -335,7 +336,7 @@ fn write_heartbeats(stay: &Stay<'_>, run: &mut health::Run) -> bool {
     }
 }
 
-/// Each by itself, as many as there is time for; the next look begins with others. One that cannot be written,
+/// Each by itself, as many as there is time for; the next look begins anywhere. One that cannot be written,
 /// such as for a slow trigger of the user's, must keep neither the others nor the worker's other work.
 fn write_singly(stay: &Stay<'_>, run: &mut health::Run, unwritten: &[(String, i64)]) -> bool {
     let begin = Instant::now();

@@ -73,6 +73,44 @@ fn a_backlog_owner_s_trigger_acts_as_that_owner() {
 }
 
 #[test]
+fn what_a_backlog_owner_has_in_its_schema_runs_with_nobody_else_s_rights() {
+    let (db, mut owner) = coordinated();
+    let (thief, mut t) = worker(&db, &mut owner, "thief");
+    owner.batch_execute(&format!("CREATE SCHEMA theirs AUTHORIZATION {thief}")).unwrap();
+    // Operators that fit better than the server's where somebody compares an oid with a regclass, or appends to a
+    // name. The trigger has every connection read the catalogue anew, right there.
+    t.batch_execute(
+        "SET search_path = theirs;
+         CREATE TABLE ran (who text); GRANT ALL ON ran TO PUBLIC;
+         CREATE FUNCTION same(oid, regclass) RETURNS boolean LANGUAGE plpgsql AS
+         $$ BEGIN INSERT INTO theirs.ran VALUES (current_user); RETURN $1 = $2::oid; END $$;
+         CREATE OPERATOR = (LEFTARG = oid, RIGHTARG = regclass, FUNCTION = same);
+         CREATE FUNCTION append(name, text) RETURNS text LANGUAGE plpgsql AS
+         $$ BEGIN INSERT INTO theirs.ran VALUES (current_user); RETURN concat($1, $2); END $$;
+         CREATE OPERATOR || (LEFTARG = name, RIGHTARG = text, FUNCTION = append);
+         CREATE TABLE others (id integer PRIMARY KEY);
+         CREATE TABLE backlog (key text PRIMARY KEY, other integer, is_working_on boolean,
+             FOREIGN KEY (other) REFERENCES others DEFERRABLE);
+         INSERT INTO backlog VALUES ('A');
+         CREATE FUNCTION change() RETURNS trigger LANGUAGE plpgsql AS
+         $$ BEGIN EXECUTE 'GRANT SELECT ON theirs.backlog TO PUBLIC'; RETURN NEW; END $$;
+         CREATE TRIGGER change BEFORE UPDATE ON backlog FOR EACH ROW EXECUTE FUNCTION change();
+         RESET search_path",
+    )
+    .unwrap();
+    owner.batch_execute("SELECT bind_directives('theirs.backlog', '{key}')").unwrap();
+    for _ in 0..2 {
+        granted(&mut owner, "A", "s1");
+        assert_eq!(release(&mut owner, "s1")["success"], true);
+    }
+    let others =
+        format!("SELECT string_agg(DISTINCT who, ' ') FROM theirs.ran WHERE who <> '{thief}'");
+    assert_eq!(value(&mut owner, &others), None);
+    assert_in_step(&mut owner);
+    owner.batch_execute("SELECT unbind_directives(); DROP SCHEMA theirs CASCADE").unwrap();
+}
+
+#[test]
 fn the_settings_of_a_restore_switch_nothing_off_for_others() {
     let (db, mut owner) = coordinated();
     let (_, mut w) = worker(&db, &mut owner, "worker");

@@ -32,9 +32,8 @@ pub struct Backlog {
     missing: Option<String>,
     /// What of its owner's code planning a statement on it would run.
     untrusted: Option<String>,
-    /// Its deferrable constraints, as SET CONSTRAINTS names them, and whether each is deferred unless
-    /// told otherwise, and can be again.
-    pub deferrable: Vec<(String, bool)>,
+    /// Its deferrable constraints.
+    pub deferrable: Vec<Deferrable>,
 }
 
 impl Backlog {
@@ -235,15 +234,23 @@ pub struct Order {
     pub created_at: String,
 }
 
-fn deferrable_constraints(db: &Db<'_>, table: pg_sys::Oid) -> Result<Vec<(String, bool)>> {
+/// A constraint that can be deferred.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Deferrable {
+    /// As SET CONSTRAINTS names it.
+    pub qualified: String,
+    /// Its name.
+    pub name: String,
+    /// Its schema.
+    pub namespace: pg_sys::Oid,
+    /// Whether it is deferred unless told otherwise.
+    pub is_deferred: bool,
+}
+
+fn deferrable_constraints(db: &Db<'_>, table: pg_sys::Oid) -> Result<Vec<Deferrable>> {
     let rows = db.ask(
-        // Constraints of several tables may have one name, which stands for all of them then. Where one of those
-        // cannot be deferred, none can be by that name.
-        "SELECT DISTINCT pg_catalog.format('%I.%I', n.nspname, c.conname),
-                t.tginitdeferred
-                AND NOT EXISTS (SELECT FROM pg_catalog.pg_constraint namesake
-                                 WHERE namesake.connamespace = c.connamespace
-                                   AND namesake.conname = c.conname AND NOT namesake.condeferrable)
+        "SELECT DISTINCT pg_catalog.format('%I.%I', n.nspname, c.conname), t.tginitdeferred,
+                c.conname::text, c.connamespace
            FROM pg_catalog.pg_trigger t
            JOIN pg_catalog.pg_constraint c ON c.oid = t.tgconstraint
            JOIN pg_catalog.pg_namespace n ON n.oid = c.connamespace
@@ -252,8 +259,12 @@ fn deferrable_constraints(db: &Db<'_>, table: pg_sys::Oid) -> Result<Vec<(String
     )?;
     let mut found = Vec::new();
     for row in rows {
-        let name = required(row.get(1)?, "pg_constraint")?;
-        found.push((name, required(row.get(2)?, "pg_trigger")?));
+        found.push(Deferrable {
+            qualified: required(row.get(1)?, "pg_constraint")?,
+            is_deferred: required(row.get(2)?, "pg_trigger")?,
+            name: required(row.get(3)?, "pg_constraint")?,
+            namespace: required(row.get(4)?, "pg_constraint")?,
+        });
     }
     Ok(found)
 }

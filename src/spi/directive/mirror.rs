@@ -5,6 +5,7 @@ use std::cell::RefCell;
 use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys::BuiltinOid::TEXTOID;
 
+use super::backlog::Deferrable;
 use super::{Backlog, own};
 use crate::error::{ClaimError, Result};
 use crate::identity::Role;
@@ -270,15 +271,26 @@ fn set_constraints(db: &Db<'_>, immediate: bool) -> Result<()> {
         return Ok(());
     }
     let catalog = db.catalog()?;
-    let constraints = catalog.backlog.iter().flat_map(|backlog| &backlog.deferrable);
-    for (constraint, is_deferred) in constraints {
+    for constraint in catalog.backlog.iter().flat_map(|backlog| &backlog.deferrable) {
+        let name = &constraint.qualified;
         if immediate {
-            db.run_once(&format!("SET CONSTRAINTS {constraint} IMMEDIATE"), &[])?;
-        } else if *is_deferred {
-            db.run_once(&format!("SET CONSTRAINTS {constraint} DEFERRED"), &[])?;
+            db.run_once(&format!("SET CONSTRAINTS {name} IMMEDIATE"), &[])?;
+        } else if constraint.is_deferred && !has_undeferrable_namesake(db, constraint)? {
+            db.run_once(&format!("SET CONSTRAINTS {name} DEFERRED"), &[])?;
         }
     }
     Ok(())
+}
+
+/// Constraints of several tables may have one name, which stands for all of them then. Where one of those cannot
+/// be deferred, none can be by that name.
+fn has_undeferrable_namesake(db: &Db<'_>, constraint: &Deferrable) -> Result<bool> {
+    let namesakes = db.ask(
+        "SELECT 1 FROM pg_catalog.pg_constraint
+          WHERE conname = $1::name AND connamespace = $2 AND NOT condeferrable LIMIT 1",
+        &[constraint.name.as_str().into(), constraint.namespace.into()],
+    )?;
+    Ok(!namesakes.is_empty())
 }
 
 /// Runs a statement on the backlog with the rights of its owner; returns how many rows it found.
