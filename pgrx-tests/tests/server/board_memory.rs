@@ -72,7 +72,7 @@ fn where_there_is_memory_for_all_but_the_board_a_parallel_plan_sees_the_table() 
     assert!(!is_on_board(&mut c, "s1"));
     c.batch_execute(
         "SET parallel_setup_cost = 0; SET parallel_tuple_cost = 0;
-         SET min_parallel_table_scan_size = 0",
+         SET min_parallel_table_scan_size = 0; SET parallel_leader_participation = off",
     )
     .unwrap();
     let live = "SELECT count(*) FROM claude_sessions

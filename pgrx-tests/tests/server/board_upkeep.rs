@@ -155,7 +155,8 @@ fn the_table_is_behind_by_half_of_a_session_s_own_lease_at_the_most() {
     assert_eq!(in_table, counts);
     assert_eq!(heartbeats(&mut c, "s1"), of_s1, "with the usual lease it is not worth a write");
     // A lease that is changed counts from then on.
-    c.batch_execute("SELECT register_session('short', p_stale_after => '0 s')").unwrap();
+    c.batch_execute("UPDATE claude_sessions SET stale_after = NULL WHERE session_id = 'short'")
+        .unwrap();
     wait_until("the table to be behind", || {
         beat(&mut c, "short");
         let (in_table, counts) = heartbeats(&mut c, "short");

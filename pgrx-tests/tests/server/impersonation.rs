@@ -93,8 +93,8 @@ fn what_a_backlog_owner_has_in_its_schema_runs_with_nobody_else_s_rights() {
              FOREIGN KEY (other) REFERENCES others DEFERRABLE);
          INSERT INTO backlog VALUES ('A');
          CREATE FUNCTION change() RETURNS trigger LANGUAGE plpgsql AS
-         $$ BEGIN EXECUTE 'GRANT SELECT ON theirs.backlog TO PUBLIC'; RETURN NEW; END $$;
-         CREATE TRIGGER change BEFORE UPDATE ON backlog FOR EACH ROW EXECUTE FUNCTION change();
+         $$ BEGIN EXECUTE 'GRANT SELECT ON theirs.backlog TO PUBLIC'; RETURN NULL; END $$;
+         CREATE TRIGGER change AFTER UPDATE ON backlog FOR EACH ROW EXECUTE FUNCTION change();
          RESET search_path",
     )
     .unwrap();
