@@ -70,7 +70,7 @@ pub fn on_shared_memory<R>(work: impl FnOnce() -> R) -> Result<R, CaughtError> {
         for phase in
             [RESOURCE_RELEASE_BEFORE_LOCKS, RESOURCE_RELEASE_LOCKS, RESOURCE_RELEASE_AFTER_LOCKS]
         {
-            pg_sys::ResourceOwnerRelease(own, phase, false, false);
+            pg_sys::ResourceOwnerRelease(own, phase, false, owner.is_null());
         }
         pg_sys::CurrentResourceOwner = owner;
         pg_sys::ResourceOwnerDelete(own);

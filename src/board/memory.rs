@@ -76,6 +76,9 @@ thread_local! {
     static BOARD: Cell<Option<Board>> = const { Cell::new(None) };
     /// Whether the server was to set memory aside at its start.
     static PRELOADED: Cell<bool> = const { Cell::new(false) };
+    /// Whether this process keeps the board over a shutdown, and whether it has told why it cannot.
+    static IS_KEPT: Cell<bool> = const { Cell::new(false) };
+    static IS_TOLD: Cell<bool> = const { Cell::new(false) };
 }
 
 static mut PREVIOUS_STARTUP_HOOK: pg_sys::shmem_startup_hook_type = None;
@@ -145,9 +148,9 @@ extern "C-unwind" fn startup_hook() {
     }
 }
 
-/// In the launcher: keeps the board over a shutdown, unless the postmaster does.
+/// In the launcher, now and then: keeps the board over a shutdown, unless the postmaster does, from when it is there.
 pub fn keep_over_shutdown() {
-    if PRELOADED.get() {
+    if PRELOADED.get() || IS_KEPT.get() {
         return;
     }
     match on_shared_memory(Board::get) {
@@ -155,10 +158,13 @@ pub fn keep_over_shutdown() {
         Ok(None) => return,
         // Whoever beats or claims is told. This process must not end again and again for it.
         Err(error) => {
-            pgrx::log!("pg_claims launcher: {}", message_of(&error));
+            if !IS_TOLD.replace(true) {
+                pgrx::log!("pg_claims launcher: {}", message_of(&error));
+            }
             return;
         }
     }
+    IS_KEPT.set(true);
     // Left by a launcher that ended before this one.
     saved::discard();
     // SAFETY: the callback lives as long as the library; the memory is detached only after it has run.

@@ -31,8 +31,7 @@ struct Agreed {
 
 const NAME_OF_AGREED: &CStr = c"pg_claims board size";
 
-/// How long a process does without before it tries again to make the board, once all have agreed on one and nobody
-/// has made it.
+/// How long a process does without before it tries again to make the board, unless somebody else has made it.
 const TRY_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 thread_local! {
@@ -46,7 +45,7 @@ thread_local! {
 pub(super) fn find() -> Option<Board> {
     let agreed = agreed()?;
     let is_made = || agreed.made.load(Ordering::Acquire) != 0;
-    if FAILED_AT.get().is_some_and(|at| at.elapsed() < TRY_AGAIN_AFTER) && !is_made() {
+    if has_just_failed() && !is_made() {
         return None;
     }
     if agreed.magic.load(Ordering::Relaxed) != memory::MAGIC {
@@ -75,6 +74,9 @@ fn agreed() -> Option<&'static Agreed> {
     if let Some(agreed) = AGREED.get() {
         return Some(agreed);
     }
+    if has_just_failed() && !is_registry_made() {
+        return None;
+    }
     match segment(NAME_OF_AGREED, size_of::<Agreed>(), prepare_agreed) {
         Ok(memory) => {
             // SAFETY: of that size, valid in any state, and mapped for as long as the process lives.
@@ -89,6 +91,10 @@ fn agreed() -> Option<&'static Agreed> {
             "Connect again; if that does not help, restart the server, with more shared memory if that is what it lacks, or with pg_claims in shared_preload_libraries.",
         ),
     }
+}
+
+fn has_just_failed() -> bool {
+    FAILED_AT.get().is_some_and(|at| at.elapsed() < TRY_AGAIN_AFTER)
 }
 
 /// Memory that the server could not give.

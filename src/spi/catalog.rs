@@ -72,6 +72,9 @@ thread_local! {
     static IS_OLD: Cell<bool> = const { Cell::new(false) };
     /// All invalid while the catalogue is being read: then every change counts.
     static WATCHED: Cell<Watched> = const { Cell::new(UNKNOWN) };
+    /// The partitions of the backlog in use, which are watched as well: of a backlog that has changed they are left
+    /// behind for good, as the callback may be looking at them.
+    static PARTITIONS: Cell<&'static [pg_sys::Oid]> = const { Cell::new(&[]) };
 }
 
 /// Asks the server to report changed relations and renamed schemas.
@@ -94,7 +97,11 @@ pub fn watch() {
 extern "C-unwind" fn relation_changed(_: pg_sys::Datum, relation: pg_sys::Oid) {
     let watched = WATCHED.get();
     let any = pg_sys::Oid::INVALID;
-    if relation == any || watched == UNKNOWN || watched.contains(&relation) {
+    if relation == any
+        || watched == UNKNOWN
+        || watched.contains(&relation)
+        || PARTITIONS.get().contains(&relation)
+    {
         CHANGED.set(true);
         CHANGES.set(CHANGES.get() + 1);
     }
@@ -179,6 +186,10 @@ fn adopt(catalog: Catalog) -> Rc<Catalog> {
         return current;
     }
     statement::forget_plans();
+    let partitions = catalog.backlog.as_ref().map_or(&[][..], |backlog| &backlog.partitions);
+    if partitions != PARTITIONS.get() {
+        PARTITIONS.set(partitions.to_vec().leak());
+    }
     let catalog = Rc::new(catalog);
     CURRENT.set(Some(Rc::clone(&catalog)));
     catalog
@@ -207,21 +218,34 @@ pub fn usable_backlog(db: &Db<'_>) -> Result<Rc<Catalog>> {
 fn lock(db: &Db<'_>, mode: u32, with_claims: bool) -> Result<Rc<Catalog>> {
     loop {
         let catalog = db.catalog()?;
-        let backlog = catalog.backlog.as_ref().map(|backlog| backlog.table_oid);
         // SAFETY: locks relations by their ids; waits like any statement and may raise an error,
         // which unwinds as usual. An id that is gone is locked without harm.
         unsafe {
-            if let Some(backlog) = backlog {
-                pg_sys::LockRelationOid(backlog, mode as i32);
+            if let Some(backlog) = &catalog.backlog {
+                pg_sys::LockRelationOid(backlog.table_oid, mode as i32);
+                // Planning a statement looks at each, and would wait for whoever is changing one.
+                for partition in &backlog.partitions {
+                    pg_sys::LockRelationOid(*partition, mode as i32);
+                }
             }
             if with_claims {
                 pg_sys::LockRelationOid(catalog.sd_claims, pg_sys::RowExclusiveLock as i32);
             }
         }
         let now = db.catalog()?;
-        if now.backlog.as_ref().map(|backlog| backlog.table_oid) == backlog {
+        if Rc::ptr_eq(&now, &catalog) || has_same_backlog(&now, &catalog) {
             return Ok(now);
         }
+    }
+}
+
+fn has_same_backlog(one: &Catalog, other: &Catalog) -> bool {
+    match (&one.backlog, &other.backlog) {
+        (Some(one), Some(other)) => {
+            one.table_oid == other.table_oid && one.partitions == other.partitions
+        }
+        (None, None) => true,
+        _ => false,
     }
 }
 

@@ -90,10 +90,10 @@ pub extern "C-unwind" fn pg_claims_launcher_main(_argument: pg_sys::Datum) {
         return;
     }
     let control = control::create();
-    board::keep_over_shutdown();
     let mut visits: Vec<Visit> = Vec::new();
     let mut scanned_at: Option<Instant> = None;
     loop {
+        board::keep_over_shutdown();
         // Also by time: a database that was made from a template with claims tells nobody.
         let is_old = scanned_at.is_none_or(|at| at.elapsed() >= IDLE_INTERVAL);
         if guc::worker() && (control.take_rescan() || is_old) {

@@ -1,6 +1,8 @@
 //! A bound backlog in partitions.
 
-use pg_claims_tests::{TestDb, detail, sqlstate};
+use std::thread;
+
+use pg_claims_tests::{TestDb, backend_pid, detail, sqlstate, wait_until_blocked};
 use postgres::Client;
 
 use crate::support::*;
@@ -112,6 +114,58 @@ fn a_foreign_partition_that_comes_later_is_not_read_with_the_extension_s_rights(
     c.batch_execute(
         "SELECT unbind_directives(); DROP TABLE parts; DROP FOREIGN DATA WRAPPER nothing CASCADE",
     )
+    .unwrap();
+}
+
+#[test]
+fn an_index_that_comes_later_on_a_partition_runs_no_code_with_the_extension_s_rights() {
+    let (db, mut c) = hashed();
+    let tenant = db.role("tenant");
+    c.batch_execute(&format!(
+        "CREATE FUNCTION evil(integer) RETURNS integer LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN
+             IF (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) THEN
+                 RAISE 'runs with the rights of %', current_user; END IF;
+             RETURN 1; END $$;
+         ALTER FUNCTION evil(integer) OWNER TO {tenant}; ALTER TABLE parts OWNER TO {tenant};
+         ALTER TABLE parts_0 OWNER TO {tenant}; ALTER TABLE parts_1 OWNER TO {tenant}"
+    ))
+    .unwrap();
+    let mut other = db.connect();
+    let calls = ["is_sd_claimed('K-1')", "claim_next_sd('s1')", "sd_next()"];
+    for call in calls {
+        other.batch_execute(&format!("SELECT {call}; SELECT release_sd('s1')")).unwrap();
+    }
+    let assert_refused = |error: &postgres::Error, call: &str| {
+        assert_eq!(sqlstate(error), "42501", "{call}: {error:?}");
+        assert!(detail(error).contains("function public.evil(integer)"), "{error:?}");
+    };
+    c.batch_execute(&format!(
+        "GRANT CREATE ON SCHEMA public TO {tenant}; SET SESSION AUTHORIZATION {tenant}"
+    ))
+    .unwrap();
+    let make = "CREATE INDEX evil_idx ON parts_1 ((evil(1)))";
+    c.batch_execute(make).unwrap();
+    for call in calls {
+        assert_refused(&other.batch_execute(&format!("SELECT {call}")).unwrap_err(), call);
+    }
+    c.batch_execute("DROP INDEX evil_idx").unwrap();
+    // Nor where it comes while whoever reads the backlog waits for the partition.
+    for call in calls {
+        // This one knows the backlog already.
+        let mut reader = db.connect();
+        reader.batch_execute(&format!("SELECT {call}; SELECT release_sd('s1')")).unwrap();
+        c.batch_execute(&format!("BEGIN; LOCK TABLE parts_1; {make}")).unwrap();
+        let pid = backend_pid(&mut reader);
+        let waiting = thread::spawn(move || reader.batch_execute(&format!("SELECT {call}")));
+        wait_until_blocked(&db, pid);
+        c.batch_execute("COMMIT").unwrap();
+        assert_refused(&waiting.join().unwrap().unwrap_err(), call);
+        c.batch_execute("DROP INDEX evil_idx").unwrap();
+    }
+    c.batch_execute(&format!(
+        "RESET SESSION AUTHORIZATION; SELECT unbind_directives(); DROP TABLE parts;
+         DROP FUNCTION evil; REVOKE CREATE ON SCHEMA public FROM {tenant}"
+    ))
     .unwrap();
 }
 

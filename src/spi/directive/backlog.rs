@@ -32,6 +32,8 @@ pub struct Backlog {
     missing: Option<String>,
     /// What of its owner's code planning a statement on it would run.
     untrusted: Option<String>,
+    /// Its partitions, and theirs.
+    pub partitions: Vec<pg_sys::Oid>,
     /// Its deferrable constraints.
     pub deferrable: Vec<Deferrable>,
 }
@@ -79,6 +81,7 @@ impl Backlog {
             types,
             missing,
             untrusted: code::untrusted(db, table_oid)?,
+            partitions: partitions_of(db, table_oid)?,
             deferrable,
         })
     }
@@ -232,6 +235,14 @@ pub struct Order {
     pub rank: String,
     /// When the SD was written down, as a timestamptz.
     pub created_at: String,
+}
+
+fn partitions_of(db: &Db<'_>, table: pg_sys::Oid) -> Result<Vec<pg_sys::Oid>> {
+    let rows = db.ask(
+        "SELECT relid::oid FROM pg_catalog.pg_partition_tree($1) WHERE level > 0 ORDER BY 1",
+        &[table.into()],
+    )?;
+    rows.into_iter().map(|row| required(row.get(1)?, "pg_partition_tree")).collect()
 }
 
 /// A constraint that can be deferred.

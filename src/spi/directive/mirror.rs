@@ -303,7 +303,7 @@ fn run_as_owner(
 }
 
 /// Does `work` with the rights of the backlog's owner.
-fn as_owner<R>(db: &Db<'_>, work: impl FnOnce(&Db<'_>) -> Result<R>) -> Result<R> {
+pub(super) fn as_owner<R>(db: &Db<'_>, work: impl FnOnce(&Db<'_>) -> Result<R>) -> Result<R> {
     // The catalogue is read before acting as the owner, who may not read it all.
     let catalog = db.catalog()?;
     let _acting = match &catalog.backlog {
