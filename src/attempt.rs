@@ -1,4 +1,4 @@
-//! Parts of a transaction that may fail without failing it.
+//! What may fail without failing the transaction: parts of its work, and looking for shared memory.
 
 use std::panic::AssertUnwindSafe;
 

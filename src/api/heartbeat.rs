@@ -106,12 +106,15 @@ fn heartbeat_sessions(p_session_ids: Option<Vec<Option<String>>>) -> Result<Json
     }
     let caller = identity::caller()?;
     let mut answers: Vec<Option<BeatOrRefusal>> = session_ids.iter().map(|_| None).collect();
+    let knew = heartbeat::knows_the_board();
     beat_all_on_board(&session_ids, &mut answers, caller);
     if answers.iter().any(Option::is_none) {
         Db::connect(|db| {
             // A connection that has not looked yet, or not since a change, learns where the sessions are.
-            db.catalog()?;
-            beat_all_on_board(&session_ids, &mut answers, caller);
+            if !knew {
+                db.catalog()?;
+                beat_all_on_board(&session_ids, &mut answers, caller);
+            }
             let rest = session_ids.iter().zip(&answers).filter(|(_, answer)| answer.is_none());
             let rest: Vec<String> = rest.map(|(session_id, _)| session_id.clone()).collect();
             let mut of_rest = beat_all(db, &rest)?.into_iter();

@@ -160,6 +160,11 @@ fn open_on_board(
     place.open(&held, most_lag, time::to_microseconds(beat.heartbeat_at));
 }
 
+/// Whether this connection knows where the sessions are, without which [`beat_on_board`] can tell nothing.
+pub fn knows_the_board() -> bool {
+    catalog::known().is_some()
+}
+
 /// Records a sign of life on the board, without any statement. `None` where only the table can tell: the
 /// board does not know the session, another role calls, the claim that is named is another one.
 pub fn beat_on_board(session_id: &str, caller: Role, claim_id: Option<i64>) -> Option<Beat> {

@@ -324,10 +324,11 @@ fn write_heartbeats(stay: &Stay<'_>, run: &mut health::Run) -> bool {
         if unwritten.is_empty() {
             return any;
         }
-        let written = try_step(STEP_LIMIT, WRITING, |db| heartbeat::write(db, &unwritten));
-        tend_connections(run);
         // Noted only once it is committed; each step is a transaction.
-        match written.map(heartbeat::Written::note) {
+        let noted = try_step(STEP_LIMIT, WRITING, |db| heartbeat::write(db, &unwritten))
+            .map(heartbeat::Written::note);
+        tend_connections(run);
+        match noted {
             Ok(true) if stay.is_over() => return true,
             Ok(true) => any = true,
             Ok(false) => return any,

@@ -61,26 +61,24 @@ pub fn age_heartbeat(client: &mut Client, session: &str, by: &str) {
     assert_eq!(updated, 1);
 }
 
-/// A trigger of the user's that will not let an SD become free.
+/// A trigger of the user's that does not let the SD go.
 pub fn refuse_release_of(client: &mut Client, sd: &str) {
-    client
-        .batch_execute(&format!(
-            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
-             $$ BEGIN RAISE EXCEPTION 'this SD stays taken'; END $$;
-             CREATE TRIGGER refuse BEFORE UPDATE ON strategic_directives_v2 FOR EACH ROW
-             WHEN (OLD.sd_id = '{sd}' AND NOT NEW.is_working_on) EXECUTE FUNCTION refuse()"
-        ))
-        .unwrap();
+    let when = format!("OLD.sd_id = '{sd}' AND NOT NEW.is_working_on");
+    refuse(client, "this SD stays taken", "strategic_directives_v2", &when);
 }
 
 /// A trigger of the user's that keeps a session's row from being written.
 pub fn refuse_writes_of(client: &mut Client, session: &str) {
+    refuse(client, "not this one", "claude_sessions", &format!("OLD.session_id = '{session}'"));
+}
+
+fn refuse(client: &mut Client, message: &str, table: &str, when: &str) {
     client
         .batch_execute(&format!(
             "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
-             $$ BEGIN RAISE EXCEPTION 'not this one'; END $$;
-             CREATE TRIGGER refuse BEFORE UPDATE ON claude_sessions FOR EACH ROW
-             WHEN (OLD.session_id = '{session}') EXECUTE FUNCTION refuse()"
+             $$ BEGIN RAISE EXCEPTION '{message}'; END $$;
+             CREATE TRIGGER refuse BEFORE UPDATE ON {table} FOR EACH ROW
+             WHEN ({when}) EXECUTE FUNCTION refuse()"
         ))
         .unwrap();
 }
