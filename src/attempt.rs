@@ -7,6 +7,7 @@ use pgrx::pg_sys::{self, PgTryBuilder};
 use pgrx::{PgLogLevel, PgSqlErrorCode};
 
 use crate::error::Result;
+use crate::error_context;
 
 /// Does `work` for all items at once or, where that fails, for the halves of them, so that an item that fails
 /// is told to `failed`, with the error's message, and keeps no other from being done. What fails is rolled back: what `work` tells
@@ -105,27 +106,33 @@ fn in_subtransaction<R>(work: impl FnOnce() -> Result<R>) -> Result<R, CaughtErr
     outcome
 }
 
-/// Does `work` and catches what it raises.
-fn caught<R>(work: impl FnOnce() -> Result<R>) -> Result<R, CaughtError> {
+/// Does `work` and catches what it raises. Nothing is undone: `work` must leave nothing behind but memory.
+pub fn caught<R>(work: impl FnOnce() -> Result<R>) -> Result<R, CaughtError> {
+    let stack = error_context::Stack::now();
     // Neither the closure nor what it borrows is used again after a failure.
     PgTryBuilder::new(AssertUnwindSafe(|| Ok(work().unwrap_or_else(|error| raise(error.into())))))
         .catch_others(Err)
         .catch_rust_panic(Err)
         .execute()
+        .inspect_err(|_| stack.restore())
 }
 
 /// Whether an error is not about the one thing that was being done: the call is to end, the server lacks something,
 /// the whole transaction can do nothing or must be tried again, a lock that all need was not to be had, or this is
 /// a bug.
-fn ends_all(error: &CaughtError) -> bool {
+pub fn ends_all(error: &CaughtError) -> bool {
     let (CaughtError::PostgresError(report) | CaughtError::ErrorReport(report)) = error else {
         return true;
     };
+    ends_all_with(report.sql_error_code())
+}
+
+/// The same of an error with this code.
+pub fn ends_all_with(code: PgSqlErrorCode) -> bool {
     use PgSqlErrorCode::{
         ERRCODE_INSUFFICIENT_RESOURCES, ERRCODE_INVALID_TRANSACTION_STATE,
         ERRCODE_LOCK_NOT_AVAILABLE, ERRCODE_OPERATOR_INTERVENTION, ERRCODE_TRANSACTION_ROLLBACK,
     };
-    let code = report.sql_error_code();
     // The first two of five characters of six bits each.
     let class = |code: PgSqlErrorCode| code as i32 & 0xfff;
     let classes = [

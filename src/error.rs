@@ -62,9 +62,12 @@ pub enum ClaimError {
         /// The role that calls.
         caller: Role,
     },
-    /// Whoever calls cannot be told.
-    #[error("cannot act for a session within a security-restricted operation")]
-    Restricted,
+    /// Only whoever may do everything to the extension grants levels.
+    #[error("permission denied to grant levels of coordination")]
+    MayNotGrant {
+        /// The role that calls.
+        caller: Role,
+    },
     /// The claim that a transaction relies on is not held.
     #[error("session \"{session_id}\" does not hold claim {claim_id} on SD \"{sd_id}\"")]
     ClaimNotHeld {
@@ -86,6 +89,9 @@ pub enum ClaimError {
     /// A transaction that keeps one snapshot was to write a row that has changed since.
     #[error("could not serialize access due to concurrent update")]
     Serialization,
+    /// Whoever was waited for has come to wait for this transaction.
+    #[error("gave way to a transaction that waits for this one")]
+    GaveWay,
     /// A row of a guarded table was to be written without its SD's claim.
     #[error("rows of SD \"{sd_id}\" in table {table} can be written only under its claim")]
     Unguarded {
@@ -114,6 +120,21 @@ pub enum ClaimError {
         /// The code.
         code: String,
     },
+    /// A trigger on one of the extension's tables would run code of somebody's with the rights of the extension's owner.
+    #[error("an ordinary role's code is on the tables of pg_claims")]
+    ForeignCode {
+        /// The trigger.
+        code: String,
+    },
+    /// A trigger function of the extension's is on a table that is none of its own.
+    #[error("table \"{table}\" is none of pg_claims")]
+    NotOwnTable {
+        /// The table.
+        table: String,
+    },
+    /// The extension was about to be dropped with what its backlog stands on.
+    #[error("cannot drop extension pg_claims with what its backlog stands on")]
+    BacklogDropped,
     /// The caller may not bind the table.
     #[error("permission denied for table {table}")]
     NotTableOwner {
@@ -162,6 +183,16 @@ pub enum ClaimError {
         /// The column as it was called when it was bound.
         column: String,
     },
+    /// A column that a trigger writes has been given another type since.
+    #[error("column \"{column}\" of table {table} is not of type {of_type} any more")]
+    ColumnOfOtherType {
+        /// The table.
+        table: String,
+        /// The column.
+        column: String,
+        /// The type that it must have.
+        of_type: &'static str,
+    },
     /// A trigger of the user's kept the mirror from being written.
     #[error("could not write is_working_on and active_session_id of SD \"{sd_id}\"")]
     MirrorRefused {
@@ -180,6 +211,12 @@ pub enum ClaimError {
         /// What was tried.
         what: &'static str,
     },
+    /// The server is a standby, which writes nothing.
+    #[error("this server is a standby")]
+    Standby,
+    /// A parallel query may not write.
+    #[error("cannot call a function of pg_claims that writes in a parallel query")]
+    Parallel,
     /// There is nothing to unbind.
     #[error("no backlog is bound")]
     NotBound,
@@ -192,6 +229,9 @@ pub enum ClaimError {
     /// The extension's tables were not found.
     #[error("extension \"pg_claims\" is not installed in this database")]
     NotInstalled,
+    /// The worker must not do anything here (any more).
+    #[error("extension \"pg_claims\" is not in use in this database, or is being changed")]
+    NotInUse,
     /// A column holds what it must never hold.
     #[error("unexpected NULL or type in {what}")]
     Corrupt {
@@ -201,9 +241,6 @@ pub enum ClaimError {
     /// The server's programming interface failed.
     #[error("{0}")]
     Spi(#[from] pgrx::spi::SpiError),
-    /// A trigger's row could not be read or written.
-    #[error("{0}")]
-    Tuple(#[from] pgrx::datum::TryFromDatumError),
     /// A trigger was called in a way that it was not made for.
     #[error("{0}")]
     Trigger(#[from] pgrx::trigger_support::PgTriggerError),
@@ -213,23 +250,32 @@ pub enum ClaimError {
 }
 
 impl ClaimError {
-    fn code(&self) -> PgSqlErrorCode {
+    /// Its SQLSTATE.
+    pub fn code(&self) -> PgSqlErrorCode {
         match self {
             Self::InvalidId { .. } | Self::InvalidArgument { .. } => {
                 PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE
             }
             Self::NotSessionOwner { .. }
             | Self::NotTableOwner { .. }
-            | Self::UntrustedCode { .. }
-            | Self::Restricted => PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
+            | Self::MayNotGrant { .. }
+            | Self::ForeignCode { .. }
+            | Self::NotOwnTable { .. }
+            | Self::UntrustedCode { .. } => PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
             Self::DirectWrite { code, .. } | Self::UnfitTable { code, .. } => *code,
+            Self::BacklogDropped => PgSqlErrorCode::ERRCODE_DEPENDENT_OBJECTS_STILL_EXIST,
             Self::BacklogInUse { .. } => PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
             Self::ColumnGone { .. } => PgSqlErrorCode::ERRCODE_UNDEFINED_COLUMN,
+            Self::ColumnOfOtherType { .. } => PgSqlErrorCode::ERRCODE_DATATYPE_MISMATCH,
             Self::MirrorRefused { .. } | Self::WriteRefused { .. } | Self::Undone { .. } => {
                 PgSqlErrorCode::ERRCODE_TRIGGERED_ACTION_EXCEPTION
             }
             Self::NeedsReadCommitted { .. } => PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
-            Self::Serialization => PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE,
+            Self::Standby => PgSqlErrorCode::ERRCODE_READ_ONLY_SQL_TRANSACTION,
+            Self::Parallel => PgSqlErrorCode::ERRCODE_INVALID_TRANSACTION_STATE,
+            Self::Serialization | Self::GaveWay => {
+                PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE
+            }
             Self::ClaimNotHeld { .. }
             | Self::Unguarded { .. }
             | Self::GuardedTruncate { .. }
@@ -237,8 +283,9 @@ impl ClaimError {
             Self::NotBound => PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Self::Unsettled { .. } => PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Self::NotInstalled => PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT,
+            Self::NotInUse => PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Self::Corrupt { .. } => PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
-            Self::Spi(_) | Self::Tuple(_) | Self::Trigger(_) | Self::Json(_) => {
+            Self::Spi(_) | Self::Trigger(_) | Self::Json(_) => {
                 PgSqlErrorCode::ERRCODE_INTERNAL_ERROR
             }
         }
@@ -246,6 +293,10 @@ impl ClaimError {
 
     fn detail(&self) -> Option<String> {
         match self {
+            Self::NotSessionOwner { owner_role, caller, .. } if !owner_role.exists() => Some(format!(
+                "The session belongs to nobody: the role that registered it is not there (any more); the caller is role \"{}\".",
+                caller.name()
+            )),
             Self::NotSessionOwner { owner_role, caller, .. } => Some(format!(
                 "The session belongs to role \"{}\"; the caller is role \"{}\".",
                 owner_role.name(),
@@ -254,25 +305,42 @@ impl ClaimError {
             Self::NotTableOwner { caller, .. } => {
                 Some(format!("Role \"{}\" does not own the table.", caller.name()))
             }
+            Self::ForeignCode { code } => Some(format!(
+                "The {code}: code could run with the rights of the extension's owner, or old rows could not be removed."
+            )),
+            Self::BacklogDropped => Some(
+                "The command would drop the views that read the backlog, and with them the extension, all sessions, claims and their history.".into(),
+            ),
+            Self::MayNotGrant { caller } => Some(format!(
+                "Role \"{}\" has not the rights of the role that owns the extension.",
+                caller.name()
+            )),
             Self::UntrustedCode { code, .. } => Some(format!(
                 "An index, a constraint, statistics or the partitioning uses {code}, which would run with the rights of the extension's owner."
             )),
-            Self::Restricted => Some(
-                "The server runs code of a user's for somebody else, such as a function in an index while that is being built or analysed.".into(),
-            ),
             Self::ClaimNotHeld { detail, .. } => Some(detail.clone()),
             Self::Unguarded { .. } => Some("This transaction has not asserted the claim.".into()),
+            Self::GaveWay => Some(
+                "This transaction was waiting for the other one, which guards a claim or has locked rows in another order.".into(),
+            ),
             Self::GuardedTruncate { .. } => {
                 Some("It would remove rows of SDs that others may have claimed.".into())
             }
             Self::DirectWrite { detail, .. } => detail.clone(),
             Self::UnfitTable { detail, .. } | Self::BacklogInUse { detail } => Some(detail.clone()),
+            Self::ColumnOfOtherType { .. } => {
+                Some("Give the column its type back, or call bind_directives() again without it.".into())
+            }
             Self::MirrorRefused { .. } => {
                 Some("A trigger on the backlog has suppressed or changed the update.".into())
             }
             Self::WriteRefused { .. } => {
                 Some("A trigger on claude_sessions has suppressed the update.".into())
             }
+            Self::Standby => Some(
+                "Claims, heartbeats and all else that writes are for the primary; a standby only shows what has arrived.".into(),
+            ),
+            Self::Parallel => Some("The server's parallel workers share a transaction that none of them may write in.".into()),
             Self::Unsettled { .. } => {
                 Some("The open claims and the sessions that should hold them do not agree.".into())
             }
@@ -287,6 +355,9 @@ impl ClaimError {
                 pg_claims_core::id::MAX_ID_CHARACTERS
             )),
             Self::InvalidArgument { hint, .. } => hint.clone(),
+            Self::NotSessionOwner { owner_role, .. } if !owner_role.exists() => Some(
+                "Register a session of another id, or have an operator give the sessions of that role to another one: assign_sessions().".into(),
+            ),
             Self::NotSessionOwner { owner_role, caller, .. } => Some(format!(
                 "Call as \"{}\", or have a superuser run grant_coordination('{}', 'operator').",
                 owner_role.name(),
@@ -295,6 +366,15 @@ impl ClaimError {
             Self::UntrustedCode { .. } => Some(
                 "Drop it from there, or let a superuser own it, or the table.".into(),
             ),
+            Self::ForeignCode { .. } => Some(
+                "Drop it, and take the privileges TRIGGER and REFERENCES on the extension's tables from whoever made it.".into(),
+            ),
+            Self::BacklogDropped => Some(
+                "Call unbind_directives() or bind another table first. DROP EXTENSION pg_claims drops everything on purpose.".into(),
+            ),
+            Self::MayNotGrant { .. } => {
+                Some("Ask a superuser, or a member of the role that owns the extension.".into())
+            }
             Self::NotTableOwner { .. } => {
                 Some("Call as the table's owner or as a superuser.".into())
             }
@@ -327,7 +407,11 @@ impl ClaimError {
             Self::NeedsReadCommitted { .. } => {
                 Some("Use READ COMMITTED, which sees the claims that others commit meanwhile.".into())
             }
-            Self::Serialization => Some("Try the transaction again.".into()),
+            Self::Standby => Some(
+                "Connect to the primary, for example with target_session_attrs=read-write.".into(),
+            ),
+            Self::Parallel => Some("Do not declare a function that calls it PARALLEL SAFE.".into()),
+            Self::Serialization | Self::GaveWay => Some("Try the transaction again.".into()),
             Self::NotBound => Some("The extension's own strategic_directives_v2 is in use.".into()),
             Self::Unsettled { .. } => Some(
                 "Compare the open rows of sd_claims with claude_sessions; triggers may have been disabled.".into(),
@@ -346,9 +430,9 @@ impl ClaimError {
 
 impl From<ClaimError> for ErrorReport {
     fn from(error: ClaimError) -> Self {
-        let mut report = Self::new(error.code(), error.to_string(), "pg_claims");
+        let mut report = Self::new(error.code(), cut(error.to_string()), "pg_claims");
         if let Some(detail) = error.detail() {
-            report = report.set_detail(detail);
+            report = report.set_detail(cut(detail));
         }
         if let Some(hint) = error.hint() {
             report = report.set_hint(hint);
@@ -357,7 +441,40 @@ impl From<ClaimError> for ErrorReport {
     }
 }
 
+/// So much of a text is told in an error, in characters: it may repeat an argument of any length.
+const MOST_TOLD: usize = 2000;
+
+fn cut(text: String) -> String {
+    match text.char_indices().nth(MOST_TOLD) {
+        None => text,
+        Some((at, _)) => format!("{}…", &text[..at]),
+    }
+}
+
 /// Accepts an id argument, or says which argument breaks which rule.
 pub fn checked_id<'a>(argument: &'static str, id: Option<&'a str>) -> Result<&'a str> {
     pg_claims_core::id::check(id).map_err(|rule| ClaimError::InvalidId { argument, rule })
+}
+
+/// The longest fact that a session tells of itself, and the longest track, in characters.
+pub const MAX_FACT_CHARACTERS: usize = 255;
+
+/// The longest reason and note, in characters.
+pub const MAX_REASON_CHARACTERS: usize = 1000;
+
+/// Accepts a text of up to `most` characters: others are shown it with each refusal.
+pub fn checked_text<'a>(
+    argument: &'static str,
+    text: Option<&'a str>,
+    most: usize,
+) -> Result<Option<&'a str>> {
+    // Bytes bound characters from above.
+    if text.is_none_or(|text| text.len() <= most || text.chars().count() <= most) {
+        return Ok(text);
+    }
+    Err(ClaimError::InvalidArgument {
+        argument,
+        reason: format!("must not be longer than {most} characters"),
+        hint: Some("Say it shorter; others are shown it. Keep the rest elsewhere.".into()),
+    })
 }

@@ -12,6 +12,7 @@ use pg_claims_core::lease::Rules;
 use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting, PostgresGucEnum};
 
 use crate::service;
+use crate::spi::installation::{self, InUse};
 use crate::spi::time;
 
 const MINUTE: i32 = 60;
@@ -157,6 +158,8 @@ static AFFINITY: GucSetting<bool> = GucSetting::<bool>::new(true);
 static AFFINITY_LIMIT: GucSetting<i32> = GucSetting::<i32>::new(3);
 static MAX_HEARTBEAT_FAILURES: GucSetting<i32> = GucSetting::<i32>::new(3);
 static MAX_SESSIONS: GucSetting<i32> = GucSetting::<i32>::new(10_000);
+static MAX_SESSIONS_PER_ROLE: GucSetting<i32> = GucSetting::<i32>::new(1000);
+static MAX_CLAIMS_PER_ROLE: GucSetting<i32> = GucSetting::<i32>::new(0);
 static ON_DISCONNECT: GucSetting<OnDisconnect> =
     GucSetting::<OnDisconnect>::new(OnDisconnect::GoStale);
 
@@ -177,8 +180,16 @@ fn in_service_since() -> Option<DateTime<Utc>> {
     if !RESTART_GRACE.get() {
         return None;
     }
+    let now = time::now();
     // Where the clock was set back after the start, the grace would last until it catches up.
-    service::since().filter(|since| *since <= time::now())
+    let until_now = |since: &DateTime<Utc>| *since <= now;
+    let in_use_since = match installation::in_use() {
+        InUse::Since(at) => Some(at).filter(until_now),
+        // Nobody could beat before: what was restored waits for its users.
+        InUse::NotYet => Some(now),
+        InUse::NotInstalled => None,
+    };
+    service::since().filter(until_now).max(in_use_since)
 }
 
 /// The shortest and the longest lease that a session may ask for.
@@ -255,6 +266,16 @@ fn nonzero(time: TimeDelta) -> Option<TimeDelta> {
     (!time.is_zero()).then_some(time)
 }
 
+/// How many sessions that have not ended a role may have, if that is limited.
+pub fn max_sessions_per_role() -> Option<i32> {
+    Some(MAX_SESSIONS_PER_ROLE.get()).filter(|most| *most > 0)
+}
+
+/// How many SDs the sessions of a role may hold, if that is limited.
+pub fn max_claims_per_role() -> Option<i32> {
+    Some(MAX_CLAIMS_PER_ROLE.get()).filter(|most| *most > 0)
+}
+
 /// For how many sessions the heartbeat board is made; 0: there is none.
 pub fn max_sessions() -> usize {
     MAX_SESSIONS.get().unsigned_abs() as usize
@@ -277,8 +298,8 @@ pub fn init() {
     let switches = [
         (
             c"pg_claims.restart_grace",
-            c"Gives every session one full lease after the server has begun to accept writes.",
-            c"After a start, a crash or a promotion: time that the server was down counts against nobody.",
+            c"Gives every session one full lease after the server has begun to accept writes, or a dump was restored.",
+            c"After a start, a crash, a promotion or a restore: time in which nobody could beat counts against nobody.",
             &RESTART_GRACE,
             GucContext::Suset,
         ),
@@ -320,23 +341,38 @@ pub fn init() {
             c"Sets after how many failures in a row the server stops beating for a connection.",
             c"",
             &MAX_HEARTBEAT_FAILURES,
+            1..=100,
         ),
         (
             c"pg_claims.affinity_limit",
             c"Sets how many times in a row claim_next_sd() may give what a host and code base worked on last.",
             c"After that whoever calls is given the first in the order of the queue, so that none is passed over for ever.",
             &AFFINITY_LIMIT,
+            1..=100,
+        ),
+        (
+            c"pg_claims.max_sessions_per_role",
+            c"Sets how many sessions that have not ended a role may have.",
+            c"0 turns it off. Operators have no such limit.",
+            &MAX_SESSIONS_PER_ROLE,
+            0..=i32::MAX,
+        ),
+        (
+            c"pg_claims.max_claims_per_role",
+            c"Sets how many SDs the sessions of a role may hold at once.",
+            c"0 turns it off. Operators have no such limit.",
+            &MAX_CLAIMS_PER_ROLE,
+            0..=i32::MAX,
         ),
     ];
-    for (name, short, long, value) in counts {
-        let (min, max) = (1, 100);
+    for (name, short, long, value, range) in counts {
         GucRegistry::define_int_guc(
             name,
             short,
             long,
             value,
-            min,
-            max,
+            *range.start(),
+            *range.end(),
             GucContext::Suset,
             GucFlags::default(),
         );

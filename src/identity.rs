@@ -1,10 +1,12 @@
 //! Who calls, and acting as somebody else.
 //!
-//! The functions are SECURITY DEFINER, or take the rights of the extension's owner for their statements, so
-//! `current_user` is that owner inside them. The caller is the outer role: the login role, or the one that
-//! it chose with SET ROLE.
+//! No function of the extension's is SECURITY DEFINER: each is entered with the rights of the role that executes the
+//! call, which is the caller, and takes those of the extension's owner inside. So `SET ROLE` counts, a SECURITY DEFINER
+//! function of a team's own acts for its owner, and whatever the server runs for somebody else, such as a function in
+//! an index while that is being built, acts for the role that the server runs it as.
 
 use std::cell::Cell;
+use std::ffi::CStr;
 
 use pgrx::pg_sys;
 
@@ -16,6 +18,28 @@ use crate::local_settings::LocalSettings;
 pub struct Role(pub pg_sys::Oid);
 
 impl Role {
+    /// What no role is.
+    pub const NOBODY: Self = Self(pg_sys::Oid::INVALID);
+
+    /// The role of that name, if there is one.
+    pub fn named(name: &CStr) -> Option<Self> {
+        // SAFETY: looks the name up in the catalogue; invalid where there is none.
+        let role = unsafe { pg_sys::get_role_oid(name.as_ptr(), true) };
+        (role != pg_sys::Oid::INVALID).then_some(Self(role))
+    }
+
+    /// Whether `role` has the rights of this one.
+    pub fn is_had_by(self, role: Self) -> bool {
+        // SAFETY: reads the catalogues of roles.
+        unsafe { pg_sys::has_privs_of_role(role.0, self.0) }
+    }
+
+    /// Whether there is such a role (still).
+    pub fn exists(self) -> bool {
+        // SAFETY: as in `name`.
+        unsafe { !pg_sys::GetUserNameFromId(self.0, true).is_null() }
+    }
+
     /// Its present name; its number if it has been dropped.
     pub fn name(self) -> String {
         // SAFETY: with `noerr` true GetUserNameFromId returns a palloc'd, null-terminated string, or
@@ -25,14 +49,47 @@ impl Role {
             if name.is_null() {
                 return self.0.to_u32().to_string();
             }
-            std::ffi::CStr::from_ptr(name).to_string_lossy().into_owned()
+            CStr::from_ptr(name).to_string_lossy().into_owned()
         }
     }
 }
 
 thread_local! {
-    /// The backlog's owner, while its triggers may be running.
-    static ACTING: Cell<Option<pg_sys::Oid>> = const { Cell::new(None) };
+    /// Whether a role may have been renamed since somebody asked.
+    static RENAMED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Asks the server to tell of changed roles.
+pub fn watch_renames() {
+    // SAFETY: runs once in a process; the callback lives as long as the library, and sets a variable.
+    unsafe {
+        pg_sys::CacheRegisterSyscacheCallback(
+            pg_sys::SysCacheIdentifier::AUTHOID as i32,
+            Some(role_changed),
+            pg_sys::Datum::null(),
+        );
+    }
+}
+
+extern "C-unwind" fn role_changed(_: pg_sys::Datum, _: i32, _: u32) {
+    RENAMED.set(true);
+}
+
+/// Whether a role may have been renamed since this was asked before.
+pub fn take_renamed() -> bool {
+    RENAMED.replace(false)
+}
+
+/// For whom the rights of the extension's owner were taken.
+#[derive(Clone, Copy)]
+struct Call {
+    extension_owner: pg_sys::Oid,
+    caller: Role,
+}
+
+thread_local! {
+    /// The call that runs, unless that has set off code of somebody else's.
+    static CALL: Cell<Option<Call>> = const { Cell::new(None) };
     /// The rights from before that, while nobody has taken the extension's again.
     static BEFORE: Cell<Option<Rights>> = const { Cell::new(None) };
 }
@@ -82,22 +139,56 @@ impl Drop for Unacting {
     }
 }
 
-/// The calling role.
-///
-/// Code that a backlog's owner has put on the table calls as that owner, whoever has set it off.
-/// Where the server runs code of users' for somebody else, such as a function in an index while
-/// that is being built or analysed, the outer role is not the caller, and there is no telling who
-/// is: then this is an error.
-pub fn caller() -> Result<Role> {
-    // SAFETY: neither has preconditions in a transaction.
-    unsafe {
-        if let Some(role) = ACTING.get() {
-            return Ok(Role(role));
-        }
-        if pg_sys::InSecurityRestrictedOperation() {
-            return Err(ClaimError::Restricted);
-        }
-        Ok(Role(pg_sys::GetOuterUserId()))
+/// The rights of a relation's owner until it is dropped: for functions of the server's that ask for rights on
+/// it, and run nobody's code.
+pub struct AsOwner(Rights);
+
+impl AsOwner {
+    /// Begins. Nothing changes where there is no such relation.
+    pub fn of(relation: pg_sys::Oid) -> Self {
+        let before = Rights::current();
+        // SAFETY: reads the relation's entry in the catalogue.
+        let owner = unsafe {
+            let entry =
+                pg_sys::SearchSysCache1(pg_sys::SysCacheIdentifier::RELOID as i32, relation.into());
+            if entry.is_null() {
+                before.role
+            } else {
+                let owner =
+                    (*pg_sys::GETSTRUCT(entry).cast::<pg_sys::FormData_pg_class>()).relowner;
+                pg_sys::ReleaseSysCache(entry);
+                owner
+            }
+        };
+        let flags = pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32;
+        Rights { role: owner, context: before.context | flags }.set();
+        Self(before)
+    }
+}
+
+impl Drop for AsOwner {
+    fn drop(&mut self) {
+        self.0.set();
+    }
+}
+
+/// The role whose rights this process has right now.
+pub fn current() -> Role {
+    Role(Rights::current().role)
+}
+
+/// The function that the server has called.
+pub fn running(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Oid {
+    // SAFETY: the server calls with a description of the function.
+    unsafe { (*(*fcinfo).flinfo).fn_oid }
+}
+
+/// The calling role: the one with whose rights the function was entered.
+pub fn caller() -> Role {
+    let current = Rights::current().role;
+    match CALL.get() {
+        Some(call) if call.extension_owner == current => call.caller,
+        _ => Role(current),
     }
 }
 
@@ -110,7 +201,7 @@ const RESTRICTION: i32 = 0;
 
 /// Acts as another role until it is dropped.
 pub struct ActingAs {
-    acting: Option<pg_sys::Oid>,
+    call: Option<Call>,
     before: Option<Rights>,
     rights: Rights,
     _search_path: LocalSettings,
@@ -134,7 +225,7 @@ impl ActingAs {
             | pg_sys::SECURITY_NOFORCE_RLS as i32;
         Rights { role, context: rights.context | flags }.set();
         Self {
-            acting: ACTING.replace(Some(role)),
+            call: CALL.replace(None),
             before: BEFORE.replace(Some(rights)),
             rights,
             _search_path: search_path,
@@ -143,11 +234,11 @@ impl ActingAs {
 }
 
 impl ActingAs {
-    /// Acts as the extension's owner, as a function does that is SECURITY DEFINER with a search_path of
-    /// its own. For functions that mostly do without: the server sets both up for every call.
+    /// Acts as the owner of `function`, which is one of the extension's, with a search_path in which nobody else can put
+    /// anything. Whoever has the rights until then is the caller; where the extension's own statements have set off a
+    /// trigger of its own, whoever called before.
     pub fn extension_owner(function: pg_sys::Oid) -> Result<Self> {
-        let search_path =
-            LocalSettings::keeping_others(&[(c"search_path", c"pg_catalog, pg_temp")]);
+        let search_path = own_settings();
         // SAFETY: reads the function's entry in the catalogue, which is there while it runs.
         let owner = unsafe {
             let entry = pg_sys::SearchSysCache1(
@@ -161,11 +252,12 @@ impl ActingAs {
             pg_sys::ReleaseSysCache(entry);
             owner
         };
+        let call = Call { extension_owner: owner, caller: caller() };
         let rights = Rights::current();
         let flags = pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32;
         Rights { role: owner, context: rights.context | flags }.set();
         Ok(Self {
-            acting: ACTING.get(),
+            call: CALL.replace(Some(call)),
             before: BEFORE.replace(None),
             rights,
             _search_path: search_path,
@@ -173,9 +265,25 @@ impl ActingAs {
     }
 }
 
+/// What the extension's own statements are written for, and the answers of the server's functions that they compare. What
+/// is so already is not set: each setting takes its time.
+fn own_settings() -> LocalSettings {
+    let mut settings = vec![(c"search_path", c"pg_catalog, pg_temp")];
+    // SAFETY: both read settings of this process's.
+    unsafe {
+        if pg_sys::quote_all_identifiers {
+            settings.push((c"quote_all_identifiers", c"off"));
+        }
+        if !pg_sys::standard_conforming_strings {
+            settings.push((c"standard_conforming_strings", c"on"));
+        }
+    }
+    LocalSettings::keeping_others(&settings)
+}
+
 impl Drop for ActingAs {
     fn drop(&mut self) {
-        ACTING.set(self.acting);
+        CALL.set(self.call);
         BEFORE.set(self.before);
         self.rights.set();
     }

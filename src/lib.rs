@@ -6,8 +6,10 @@
 
 mod api;
 mod attempt;
+mod beating;
 mod board;
 mod error;
+mod error_context;
 mod guc;
 mod identity;
 mod jsonb;
@@ -26,8 +28,13 @@ pgrx::extension_sql_file!(
     requires = [
         "tables",
         trigger::session::complete_session_write,
+        trigger::session::own_replicated_session,
         trigger::history::record_claim_history,
         trigger::history::protect_open_claim,
+        trigger::history::begin_restoring,
+        trigger::restore::make_way_for_dump,
+        trigger::ddl::note_drop,
+        trigger::ddl::keep_out_foreign_code,
         trigger::board::forget_heartbeat,
         trigger::board::close_on_board,
         trigger::history::refuse_truncate_while_claimed,
@@ -49,6 +56,7 @@ pgrx::extension_sql_file!(
         api::lease::heartbeat_age_human,
         api::lease::elapsed_seconds,
         api::lease::elapsed_minutes,
+        api::queue::checked_limit,
     ]
 );
 pgrx::extension_sql_file!(
@@ -71,8 +79,11 @@ pub extern "C-unwind" fn _PG_init() {
     if unsafe { pgrx::pg_sys::IsBinaryUpgrade } {
         return;
     }
+    error_context::keep_backtraces_out();
+    beating::init();
     guc::init();
     board::init();
     spi::init();
+    trigger::ddl::init();
     worker::init();
 }

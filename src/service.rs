@@ -51,8 +51,9 @@ pub fn is_in_recovery() -> bool {
 /// Calls `look` for every process of the server, whatever the caller's privileges.
 pub fn each_process(mut look: impl FnMut(&pg_sys::PgBackendStatus)) {
     // SAFETY: the server takes a local copy of its list of processes, which lives until the end of
-    // the transaction; positions count from 1, and one beyond the end gives null. The copy is thrown
-    // away first, or a long transaction would never see a new process.
+    // the transaction, or of the next one if none is open; positions count from 1, and one beyond the end
+    // gives null. The copy is thrown away first, or a long transaction would never see a new process; and
+    // afterwards, or who reads `pg_stat_activity` next would take a process that is new for one that is gone.
     unsafe {
         pg_sys::pgstat_clear_backend_activity_snapshot();
         for position in 1..=pg_sys::pgstat_fetch_stat_numbackends() {
@@ -64,6 +65,7 @@ pub fn each_process(mut look: impl FnMut(&pg_sys::PgBackendStatus)) {
                 look(&entry.backendStatus);
             }
         }
+        pg_sys::pgstat_clear_backend_activity_snapshot();
     }
 }
 

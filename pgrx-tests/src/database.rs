@@ -38,7 +38,7 @@ impl TestDb {
         let db = Self {
             name: format!("test_{}_{number}", std::process::id()),
             socket_dir: environment(ENV_SOCKET_DIR),
-            installation: Installation::new(&environment(ENV_PG_CONFIG)).unwrap(),
+            installation: under_test(),
             roles: Mutex::new(Vec::new()),
         };
         db.administer(&format!("CREATE DATABASE {}", db.name));
@@ -82,8 +82,14 @@ impl TestDb {
 
     /// The database as `pg_dump` writes it.
     pub fn dump(&self) -> String {
+        self.dump_with(&[])
+    }
+
+    /// The same, with further arguments.
+    pub fn dump_with(&self, arguments: &[&str]) -> String {
         let output =
             server::client_program(&self.installation, &self.socket_dir, "pg_dump", &self.name)
+                .args(arguments)
                 .output()
                 .unwrap();
         let output = server::succeeded(output, "pg_dump").unwrap();
@@ -168,8 +174,12 @@ pub fn watch(client: &mut Client) {
 /// A server of the test's own, of the PostgreSQL under test: for what other tests' transactions
 /// would disturb. `name` is a folder's name that no other test uses.
 pub fn own_server(name: &str, settings: &[&str]) -> Server {
-    let installation = Installation::new(&environment(ENV_PG_CONFIG)).unwrap();
-    Server::create(&installation, &environment(ENV_WORK_DIR).join(name), settings).unwrap()
+    Server::create(&under_test(), &environment(ENV_WORK_DIR).join(name), settings).unwrap()
+}
+
+/// The PostgreSQL under test.
+pub fn under_test() -> Installation {
+    Installation::new(&environment(ENV_PG_CONFIG)).unwrap().under_test()
 }
 
 fn environment(variable: &str) -> PathBuf {

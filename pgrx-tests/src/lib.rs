@@ -4,7 +4,10 @@
 //! environment through [`TestDb`], or start their own.
 
 mod client;
+mod contradictions;
 mod database;
+#[deny(clippy::unwrap_used, clippy::expect_used)]
+mod log;
 // The tools run on the following as well: what fails there is reported, not a panic.
 #[deny(clippy::unwrap_used, clippy::expect_used)]
 mod postmaster;
@@ -16,7 +19,8 @@ mod user;
 pub use client::{
     backend_pid, detail, hint, json, message, sqlstate, wait_until, wait_until_blocked,
 };
-pub use database::{TestDb, is_watched, own_server, watch};
+pub use contradictions::contradictions;
+pub use database::{TestDb, is_watched, own_server, under_test, watch};
 pub use server::{Installation, Server, Stop};
 pub use user::ServerUser;
 
@@ -26,6 +30,16 @@ pub const ENV_PG_CONFIG: &str = "PG_CLAIMS_TEST_PG_CONFIG";
 pub const ENV_SOCKET_DIR: &str = "PG_CLAIMS_TEST_SOCKET_DIR";
 /// The environment variable that names a folder in which tests may start servers of their own.
 pub const ENV_WORK_DIR: &str = "PG_CLAIMS_TEST_WORK_DIR";
+
+/// The environment variable that says for how many seconds functions are called with arguments of all kinds.
+pub const ENV_FUZZ_SECONDS: &str = "PG_CLAIMS_FUZZ_SECONDS";
+/// The environment variable that says which arguments those are.
+pub const ENV_FUZZ_SEED: &str = "PG_CLAIMS_FUZZ_SEED";
+
+/// The environment variable that says for how many seconds the torture goes on.
+pub const ENV_TORTURE_SECONDS: &str = "PG_CLAIMS_TORTURE_SECONDS";
+/// The environment variable that says what happens in it.
+pub const ENV_TORTURE_SEED: &str = "PG_CLAIMS_TORTURE_SEED";
 
 /// The environment variable that has every test's tables watched by a trigger of a user's.
 pub const ENV_WATCHED: &str = "PG_CLAIMS_TEST_WATCHED";

@@ -90,6 +90,11 @@ pub fn is_alive(pid: Pid) -> bool {
     state_and_parent(pid).is_some_and(|(state, _)| state != 'Z')
 }
 
+/// Whether a process stands still, by SIGSTOP.
+pub fn is_stopped(pid: Pid) -> bool {
+    state_and_parent(pid).is_some_and(|(state, _)| state == 'T')
+}
+
 fn state_and_parent(pid: Pid) -> Option<(char, Pid)> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // Behind the program's name, which may hold anything.

@@ -1,5 +1,7 @@
 //! A throw-away server on a socket of its own.
 
+mod descent;
+
 use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -9,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::log;
 use crate::postmaster;
 use crate::user::{ServerUser, without_libpq_variables};
 
@@ -18,12 +21,20 @@ const MAX_SOCKET_DIR_BYTES: usize = 80;
 /// Names the socket only: the server listens on no network port.
 const PORT: u16 = 5432;
 
+/// Has the C library fill memory that is freed, and memory that is new: who reads either reads nonsense at once,
+/// and not now and then.
+const FILLS_MEMORY: (&str, &str) = ("MALLOC_PERTURB_", "85");
+
+/// Some operators have this in their server's environment. Errors must tell of no Rust all the same.
+const WANTS_BACKTRACES: (&str, &str) = ("RUST_BACKTRACE", "1");
+
 /// An installed PostgreSQL.
 #[derive(Debug, Clone)]
 pub struct Installation {
     pg_config: PathBuf,
     bin: PathBuf,
     user: ServerUser,
+    is_under_test: bool,
 }
 
 impl Installation {
@@ -38,7 +49,14 @@ impl Installation {
             pg_config: pg_config.to_owned(),
             bin: PathBuf::from(bin.trim()),
             user: ServerUser::choose()?,
+            is_under_test: false,
         })
+    }
+
+    /// The same for tests: its programs fill memory that they free, and a server whose log tells of a fault does not
+    /// go away unnoticed. Filling takes time, so that the benchmark and the demo go without.
+    pub fn under_test(self) -> Self {
+        Self { is_under_test: true, ..self }
     }
 
     /// Its `pg_config`.
@@ -48,7 +66,11 @@ impl Installation {
 
     /// One of its programs, to be run as the server's user.
     pub fn program(&self, name: &str) -> Command {
-        self.user.command(self.bin.join(name))
+        let mut command = self.user.command(self.bin.join(name));
+        if self.is_under_test {
+            command.envs([FILLS_MEMORY, WANTS_BACKTRACES]);
+        }
+        command
     }
 }
 
@@ -165,10 +187,25 @@ impl Server {
         )
     }
 
+    /// The server's log.
+    pub fn log(&self) -> std::io::Result<String> {
+        // Whatever clients wrote into it.
+        Ok(String::from_utf8_lossy(&fs::read(self.root.join("log"))?).into_owned())
+    }
+
+    /// Fails if the server's log tells of a fault.
+    pub fn check_log(&self) -> Result<()> {
+        let log = self.log().context("could not read its log")?;
+        let faults = log::faults(&log);
+        if faults.is_empty() {
+            return Ok(());
+        }
+        bail!("its log tells of a fault:\n{}", faults.join("\n"))
+    }
+
     /// The last lines of the server's log.
     fn log_tail(&self, lines: usize) -> String {
-        let log =
-            fs::read_to_string(self.root.join("log")).unwrap_or_else(|error| error.to_string());
+        let log = self.log().unwrap_or_else(|error| error.to_string());
         let from = log.lines().count().saturating_sub(lines);
         log.lines().skip(from).collect::<Vec<_>>().join("\n")
     }
@@ -193,8 +230,16 @@ impl Server {
         let Some(pid) = self.pid()? else {
             bail!("the server in {} is not running", self.root.display());
         };
+        // A postmaster that stands still makes no more processes. One that this function did not know of would keep the
+        // shared memory, and the next postmaster would refuse to start.
+        kill(pid, Signal::SIGSTOP)?;
+        crate::wait_until("the server to stand still", || postmaster::is_stopped(pid));
         let processes = postmaster::children(pid)?;
         kill(pid, Signal::SIGKILL)?;
+        // One that stands still would never notice.
+        for process in processes.iter().filter(|process| postmaster::is_stopped(**process)) {
+            kill(*process, Signal::SIGKILL)?;
+        }
         crate::wait_until("the killed server to be gone", || {
             matches!(postmaster::of(&self.data()), Ok(None))
                 && processes.iter().all(|process| !postmaster::is_alive(*process))
@@ -222,7 +267,9 @@ impl Server {
             entries => entries.with_context(|| format!("could not read {}", parent.display()))?,
         };
         for entry in entries {
-            Self::at(installation, &entry?.path())?.discard()?;
+            let mut server = Self::at(installation, &entry?.path())?;
+            server.keep = true;
+            server.remove()?;
         }
         Ok(())
     }
@@ -244,10 +291,22 @@ impl Server {
         Ok(())
     }
 
-    /// Stops the server and removes its folder, also if it was kept.
+    /// Stops the server and removes its folder, also if it was kept. Fails if it is under test and its log tells of
+    /// a fault.
     pub fn discard(mut self) -> Result<()> {
         self.keep = true;
-        self.remove()
+        self.remove_checked()
+    }
+
+    fn remove_checked(&self) -> Result<()> {
+        if !self.installation.is_under_test {
+            return self.remove();
+        }
+        // Its last words as well. One that does not stop goes all the same, and is told of.
+        let stopped = if self.is_running()? { self.stop(Stop::Fast) } else { Ok(()) };
+        let checked = self.check_log();
+        self.remove()?;
+        checked.and(stopped)
     }
 
     /// Leaves the server running when this value is dropped.
@@ -275,7 +334,18 @@ impl Server {
         client_program(&self.installation, &self.socket_dir, name, database)
     }
 
-    /// The same, run by oneself in the current folder: for a person, whose files and history it
+    /// Runs a client program on one of its databases. Fails where the program does.
+    pub fn run(&self, program: &str, database: &str, arguments: &[&str]) -> Result<String> {
+        let output = self
+            .client_program(program, database)
+            .args(arguments)
+            .output()
+            .with_context(|| format!("could not run {program}"))?;
+        let what = format!("{program} {}", arguments.join(" "));
+        Ok(String::from_utf8(succeeded(output, &what)?.stdout)?)
+    }
+
+    /// The same as [`client_program`](Self::client_program), run by oneself in the current folder: for a person, whose files and history it
     /// uses. Only servers refuse to run as root.
     pub fn client_program_as_oneself(&self, name: &str, database: &str) -> Command {
         let mut command = Command::new(self.installation.bin.join(name));
@@ -289,13 +359,19 @@ impl Drop for Server {
         if self.keep {
             return;
         }
-        // Of a test that fails: the worker tells its errors there.
-        if std::thread::panicking() {
+        let is_failing = std::thread::panicking();
+        let removed = if is_failing {
+            // The worker tells its errors there.
             eprintln!("The server's log ends:\n{}", self.log_tail(40));
-        }
-        if let Err(error) = self.remove() {
-            eprintln!("could not remove the server in {}: {error:#}", self.root.display());
-        }
+            self.remove()
+        } else {
+            self.remove_checked()
+        };
+        let Err(error) = removed else { return };
+        let told = format!("the server in {}: {error:#}", self.root.display());
+        // The test that started it fails; there is nobody else to tell.
+        assert!(is_failing || !self.installation.is_under_test, "{told}");
+        eprintln!("{told}");
     }
 }
 

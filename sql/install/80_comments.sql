@@ -9,7 +9,8 @@ COMMENT ON COLUMN claude_sessions.heartbeat_at IS 'The last sign of life that th
 COMMENT ON COLUMN claude_sessions.updated_at IS 'The last change other than a heartbeat.';
 COMMENT ON COLUMN claude_sessions.claim_id IS 'The fencing token of the acquisition that the session holds; assigned by the server.';
 COMMENT ON COLUMN claude_sessions.silent_until IS 'Until when the session announced that it will not beat.';
-COMMENT ON COLUMN claude_sessions.owner_role IS 'The role that registered the session; it or an operator may act for it.';
+COMMENT ON COLUMN claude_sessions.owner_role IS 'The role that registered the session; it or an operator may act for it. v_active_sessions shows its present name.';
+COMMENT ON COLUMN claude_sessions.owner_oid IS 'The same role by its number, which decides; NULL: nobody''s, as there was no such role where a dump was restored. See assign_sessions().';
 COMMENT ON COLUMN claude_sessions.released_at IS 'When the session''s last claim, or the session itself, ended.';
 COMMENT ON COLUMN claude_sessions.release_reason IS 'Why; free text.';
 COMMENT ON COLUMN claude_sessions.lost_claim_id IS 'The acquisition that the session lost against its will since its last claim.';
@@ -28,6 +29,8 @@ COMMENT ON COLUMN sd_conflict_matrix.conflict_severity IS 'blocking refuses clai
 COMMENT ON TABLE sd_holds IS 'SDs that a person has stopped: see hold_sd().';
 COMMENT ON TABLE lifecycle_event_positions IS
     'The order in which events became visible; a place in it is the cursor of lifecycle_events_since().';
+COMMENT ON TABLE installation IS
+    'Since when the extension is installed in this database, and since when it is in use: NULL until somebody has called a function. Not dumped.';
 COMMENT ON TABLE event_frontier IS
     'How far that order has got, and which event numbers below may still appear.';
 COMMENT ON TABLE heartbeat_connections IS
@@ -41,7 +44,7 @@ COMMENT ON VIEW v_worker_health IS
 
 COMMENT ON TABLE sd_claims IS
     'One row per acquisition, open or ended; derived from claude_sessions. Survives the session.';
-COMMENT ON COLUMN sd_claims.claim_id IS 'The fencing token: it only grows and never repeats.';
+COMMENT ON COLUMN sd_claims.claim_id IS 'The fencing token: it only grows and never repeats, over a failover and an older dump as well.';
 COMMENT ON COLUMN sd_claims.took_over_claim_id IS 'The stale acquisition that this one took over.';
 COMMENT ON COLUMN sd_claims.taken_over_by IS 'The session that took this acquisition over.';
 COMMENT ON COLUMN sd_claims.queue_reason IS 'Why the queue gave it: lost, affinity or order; NULL: it was asked for.';
@@ -56,19 +59,22 @@ COMMENT ON COLUMN session_lifecycle_events.held_seconds IS 'How long the acquisi
 COMMENT ON TABLE directive_binding IS
     'The table of the user''s that serves as the backlog; no row: the extension''s own strategic_directives_v2. Written by bind_directives() and unbind_directives().';
 
+-- Where operators are looked for, only the server's own (see 10_tables.sql).
+SET LOCAL search_path = pg_catalog, pg_temp;
 DO $$
 BEGIN
     -- Only where the table is the extension's own.
     IF EXISTS (SELECT FROM pg_catalog.pg_depend d
                 WHERE d.deptype = 'e'
                   AND d.classid = 'pg_catalog.pg_class'::regclass
-                  AND d.objid = pg_catalog.to_regclass('strategic_directives_v2')
+                  AND d.objid = pg_catalog.to_regclass('@extschema@.strategic_directives_v2')
                   AND d.refclassid = 'pg_catalog.pg_extension'::regclass) THEN
-        COMMENT ON TABLE strategic_directives_v2 IS
+        COMMENT ON TABLE @extschema@.strategic_directives_v2 IS
             'The backlog, as long as no other table is bound. is_working_on and active_session_id are kept by the extension.';
     END IF;
 END
 $$;
+SET LOCAL search_path = @extschema@, pg_temp;
 
 COMMENT ON VIEW v_directives IS
     'The backlog in one shape, whichever table it is. sd_id is the canonical id; is_terminal: finished, cannot be claimed.';
@@ -89,6 +95,8 @@ COMMENT ON FUNCTION register_session(text, text, text, integer, text, jsonb, int
     'Registers a session or refreshes it; brings an ended one back. Metadata merges key by key; what is not given stays. p_stale_after asks for a lease of its own, 0 gives it up. Returns the session as stored. Needs the worker level; another role''s session: 42501.';
 COMMENT ON FUNCTION end_session(text, text) IS
     'Releases what the session holds and ends it. Ending an ended session changes nothing. Refuses with session_not_found.';
+COMMENT ON FUNCTION assign_sessions(name, name) IS
+    'An operator gives all sessions of a role, also of one that is gone or was never here, to another role. Returns how many.';
 COMMENT ON FUNCTION claim_sd(text, text, text) IS
     'Claims an SD for a session; gives up the SD that it held; takes over from a stale owner; claiming again what one holds changes only the heartbeat. Refuses with already_claimed (naming the owner), session_not_found, session_released, sd_not_found, sd_terminal_status.';
 COMMENT ON FUNCTION sd_start(text, text, text) IS
@@ -118,12 +126,16 @@ COMMENT ON FUNCTION cleanup_stale_sessions(integer, integer) IS
     'What the worker does by itself: ends the claims of stale sessions, up to p_batch_size, and puts events in order. A threshold only makes it more patient: a live session is never reaped. What fails does not keep the rest. Returns success (whether nothing failed), stale_sessions_cleaned, failed, failures (the first ten: session_id, sd_id, error), cleaned_at.';
 COMMENT ON FUNCTION prune_history(integer) IS
     'What the worker does by itself: removes ended claims, ended sessions and events older than pg_claims.history_retention; never an open claim. Returns how many of each.';
+COMMENT ON FUNCTION advance_numbers() IS
+    'For tables that logical replication has filled: lifts the numbers of claims, events and places in their order above those in the tables and above all that a server can have given out before this moment. Returns claim_id, event_id, position: each number that comes next is greater.';
 COMMENT ON FUNCTION lifecycle_events_since(bigint, integer) IS
     'The audit in the order in which events became visible, after place p_id (0: from the oldest kept), up to p_limit. Each event once; the last id is the next call''s p_id.';
 COMMENT ON FUNCTION latest_heartbeat(oid, text, timestamptz) IS
     'A session''s last sign of life: the later one of the heartbeat board in shared memory and what its row (the third argument) says. The first argument is the row''s tableoid.';
 COMMENT ON FUNCTION coordination_check() IS
-    'The doctor: one row for each thing that was looked at, with status ok or warning, and for a warning what is the matter and what to do about it.';
+    'The doctor: one row for each thing that was looked at, with status ok, warning or critical, and unless it is ok what is the matter and what to do about it.';
+COMMENT ON FUNCTION coordination_repair(boolean) IS
+    'Finds what was written past the triggers, or restored by half, and, unless p_dry_run, mends it in one transaction: acquisitions, sessions, the backlog''s mirror, triggers and indexes, the views, the heartbeat board. One row for each thing found: kind, object, finding, action, done. Claims wait meanwhile; heartbeats do not.';
 COMMENT ON FUNCTION heartbeat_board() IS
     'The heartbeat board in shared memory, if there is one: for how many sessions of the server it was made (pg_claims.max_sessions), how many it holds, and how many times it had no room for one, which then beat in the table.';
 COMMENT ON FUNCTION forget_heartbeat() IS 'Trigger: the heartbeat board forgets a heartbeat that was set back, and sessions that are gone; an infinite heartbeat is refused.';
@@ -151,7 +163,7 @@ COMMENT ON FUNCTION dependency_keys(text) IS
 COMMENT ON FUNCTION dependency_cycles() IS
     'The unfinished SDs that wait for themselves, by way of dependencies and parts, each with a circle that it is entangled in.';
 COMMENT ON FUNCTION grant_coordination(text, text) IS
-    'Gives a role exactly one level: viewer (see), worker (sessions of its own), operator (every session, tables, binding), or none. Superusers, and roles granted EXECUTE.';
+    'Gives a role exactly one level: viewer (see), worker (sessions of its own), operator (every session, tables, binding), or none. What the role had beyond it on the extension''s objects is taken back and told in revoked; what others have granted is told in left. For superusers and members of the role that owns the extension.';
 COMMENT ON FUNCTION bind_directives(regclass, text[], text, text, text, text, text, text, text, text, text, text, text[]) IS
     'Makes a table the backlog. The first key column that is not NULL is an SD''s id. A column that is not named is looked for under its usual name; '''' means there is none. The caller must own the table.';
 COMMENT ON FUNCTION unbind_directives() IS
@@ -172,11 +184,20 @@ COMMENT ON FUNCTION unguard_table(regclass) IS 'Takes the guard off a table. The
 COMMENT ON FUNCTION check_guarded_write() IS 'Trigger on a guarded table: refuses rows of SDs that the transaction has not asserted.';
 COMMENT ON FUNCTION refuse_guarded_truncate() IS 'Trigger on a guarded table: refuses TRUNCATE.';
 COMMENT ON FUNCTION complete_session_write() IS 'Trigger: makes a direct write of a session whole, or refuses it.';
+COMMENT ON FUNCTION own_replicated_session() IS 'Trigger: a replicated session belongs to the role of its owner_role''s name.';
 COMMENT ON FUNCTION record_claim_history() IS 'Trigger: keeps sd_claims and session_lifecycle_events.';
 COMMENT ON FUNCTION sync_is_working_on_with_session() IS 'Trigger: keeps the backlog''s is_working_on and active_session_id.';
+COMMENT ON FUNCTION checked_limit(integer) IS 'Stands behind lifecycle_events_since(): p_limit, unless it is less than 1 (22023).';
+COMMENT ON FUNCTION note_drop() IS
+    'Event trigger: whatever drops the backlog with all that depends on it does not drop the extension (2BP01); DROP EXTENSION pg_claims does.';
+COMMENT ON FUNCTION keep_out_foreign_code() IS
+    'Event trigger: a trigger on one of the extension''s tables is refused (42501) that uses anything of a role that has not the rights of the extension''s owner, and so is a foreign key that passes writes on to such a role''s table.';
+COMMENT ON FUNCTION begin_restoring() IS 'Trigger: a dump is being restored; the worker waits until somebody uses the extension again.';
+COMMENT ON FUNCTION make_way_for_dump() IS 'Event trigger: a dump that replaces what is there may drop a bound backlog.';
 COMMENT ON FUNCTION protect_open_claim() IS 'Trigger: refuses open acquisitions written other than through claude_sessions.';
 COMMENT ON FUNCTION refuse_truncate_while_claimed() IS 'Trigger: refuses TRUNCATE while SDs are claimed.';
 COMMENT ON FUNCTION rebuild_directives_view() IS 'Trigger: rebuilds v_directives when the binding changes.';
 COMMENT ON FUNCTION release_finished_directive() IS 'Trigger on the backlog: releases an SD that is finished or deleted.';
 COMMENT ON FUNCTION release_truncated_directives() IS 'Trigger on the backlog: releases all SDs on TRUNCATE.';
+COMMENT ON FUNCTION correct_directive_mirror() IS 'Trigger on the backlog: sets is_working_on and active_session_id of a new or renamed row to what the claims say by then.';
 COMMENT ON FUNCTION keep_directive_mirror() IS 'Trigger on the backlog: is_working_on and active_session_id stay what the claims say.';

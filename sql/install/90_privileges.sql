@@ -1,3 +1,6 @@
+-- Unqualified names are those of the server (see 10_tables.sql).
+SET LOCAL search_path = pg_catalog, pg_temp;
+
 -- Closed by default: nobody but the owner gets anything, whatever ALTER DEFAULT PRIVILEGES says in
 -- this database. grant_coordination() opens what a role needs.
 DO $$
@@ -30,34 +33,42 @@ BEGIN
 END
 $$;
 
--- Trigger functions write tables that the writing role has no privilege on, and must not be led
--- astray by that role's search_path.
-ALTER FUNCTION complete_session_write() SECURITY DEFINER SET search_path = pg_catalog, pg_temp;
-ALTER FUNCTION record_claim_history() SECURITY DEFINER SET search_path = pg_catalog, pg_temp;
-ALTER FUNCTION sync_is_working_on_with_session() SECURITY DEFINER SET search_path = pg_catalog, pg_temp;
-ALTER FUNCTION protect_open_claim() SECURITY DEFINER SET search_path = pg_catalog, pg_temp;
-ALTER FUNCTION refuse_truncate_while_claimed() SECURITY DEFINER SET search_path = pg_catalog, pg_temp;
-ALTER FUNCTION rebuild_directives_view() SECURITY DEFINER SET search_path = pg_catalog, pg_temp;
-ALTER FUNCTION release_finished_directive() SECURITY DEFINER SET search_path = pg_catalog, pg_temp;
-ALTER FUNCTION release_truncated_directives() SECURITY DEFINER SET search_path = pg_catalog, pg_temp;
-ALTER FUNCTION keep_directive_mirror() SECURITY DEFINER SET search_path = pg_catalog, pg_temp;
+-- Privileges decide who sees what. Some servers have an event trigger that turns row-level security on for every new
+-- table, which without policies shows nobody but the owner anything.
+DO $$
+DECLARE
+    v_table regclass;
+BEGIN
+    FOR v_table IN
+        SELECT c.oid
+          FROM pg_catalog.pg_class c
+          JOIN pg_catalog.pg_depend d
+            ON d.classid = 'pg_catalog.pg_class'::regclass AND d.objid = c.oid
+           AND d.refclassid = 'pg_catalog.pg_extension'::regclass AND d.deptype = 'e'
+          JOIN pg_catalog.pg_extension e ON e.oid = d.refobjid AND e.extname = 'pg_claims'
+         WHERE c.relrowsecurity
+    LOOP
+        EXECUTE pg_catalog.format('ALTER TABLE %s DISABLE ROW LEVEL SECURITY', v_table);
+    END LOOP;
+END
+$$;
 
--- What pg_dump must write: everything that was not made by CREATE EXTENSION.
-SELECT pg_catalog.pg_extension_config_dump('claude_sessions', '');
-SELECT pg_catalog.pg_extension_config_dump('sd_claims', '');
-SELECT pg_catalog.pg_extension_config_dump(pg_catalog.pg_get_serial_sequence('sd_claims', 'claim_id')::regclass, '');
-SELECT pg_catalog.pg_extension_config_dump('session_lifecycle_events', '');
-SELECT pg_catalog.pg_extension_config_dump(pg_catalog.pg_get_serial_sequence('session_lifecycle_events', 'event_id')::regclass, '');
-SELECT pg_catalog.pg_extension_config_dump('sd_conflict_matrix', '');
-SELECT pg_catalog.pg_extension_config_dump(pg_catalog.pg_get_serial_sequence('sd_conflict_matrix', 'conflict_id')::regclass, '');
-SELECT pg_catalog.pg_extension_config_dump('sd_holds', '');
-SELECT pg_catalog.pg_extension_config_dump('lifecycle_event_positions', '');
-SELECT pg_catalog.pg_extension_config_dump(pg_catalog.pg_get_serial_sequence('lifecycle_event_positions', 'position')::regclass, '');
-SELECT pg_catalog.pg_extension_config_dump('event_frontier', '');
-SELECT pg_catalog.pg_extension_config_dump('directive_binding', '');
+-- What pg_dump must write: everything that was not made by CREATE EXTENSION. But the sequences of claims, events
+-- and places: a dump would set them back to numbers that were given out since.
+SELECT pg_catalog.pg_extension_config_dump('@extschema@.claude_sessions', '');
+SELECT pg_catalog.pg_extension_config_dump('@extschema@.sd_claims', '');
+SELECT pg_catalog.pg_extension_config_dump('@extschema@.session_lifecycle_events', '');
+SELECT pg_catalog.pg_extension_config_dump('@extschema@.sd_conflict_matrix', '');
+SELECT pg_catalog.pg_extension_config_dump(pg_catalog.pg_get_serial_sequence('@extschema@.sd_conflict_matrix', 'conflict_id')::regclass, '');
+SELECT pg_catalog.pg_extension_config_dump('@extschema@.sd_holds', '');
+SELECT pg_catalog.pg_extension_config_dump('@extschema@.lifecycle_event_positions', '');
+SELECT pg_catalog.pg_extension_config_dump('@extschema@.event_frontier', '');
+SELECT pg_catalog.pg_extension_config_dump('@extschema@.directive_binding', '');
 SELECT pg_catalog.pg_extension_config_dump(c.oid::regclass, '')
   FROM pg_catalog.pg_class c
   JOIN pg_catalog.pg_depend d ON d.objid = c.oid AND d.classid = 'pg_catalog.pg_class'::regclass
                              AND d.refclassid = 'pg_catalog.pg_extension'::regclass
                              AND d.deptype = 'e'
  WHERE c.relname = 'strategic_directives_v2';
+
+SET LOCAL search_path = @extschema@, pg_temp;

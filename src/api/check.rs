@@ -4,13 +4,14 @@ use pg_claims_core::check::{self, Check};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
+use super::running;
 use crate::spi::{Db, check as look};
 
-// SECURITY DEFINER, as most facts are nobody else's to see.
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
+#[pg_extern(volatile, parallel_unsafe)]
 #[expect(clippy::type_complexity, reason = "the columns are read from the type's own text")]
-fn coordination_check() -> Result<
+fn coordination_check(
+    fcinfo: pg_sys::FunctionCallInfo,
+) -> Result<
     TableIterator<
         'static,
         (
@@ -22,13 +23,13 @@ fn coordination_check() -> Result<
     >,
     ErrorReport,
 > {
-    let facts = Db::connect(look::facts)?;
+    let facts = Db::look(running(fcinfo), look::facts)?;
     let rows: Vec<_> = check::checks(&facts).into_iter().map(row).collect();
     Ok(TableIterator::new(rows))
 }
 
 fn row(check: Check) -> (String, String, Option<String>, Option<String>) {
-    let status = if check.trouble.is_some() { "warning" } else { "ok" };
+    let status = check.status();
     let (detail, hint) = check.trouble.unzip();
     (check.name.into(), status.into(), detail, hint.map(Into::into))
 }

@@ -6,12 +6,14 @@ use pg_claims_core::text;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
-use super::{answer, check_may_act_for, mandatory_reason, reason_or, running, shared};
+use super::{
+    answer, check_may_act_for, checked_track, mandatory_reason, reason_or, running, shared,
+};
 use crate::error::{Result, checked_id};
 use crate::identity;
 use crate::jsonb::Jsonb;
 use crate::spi::claim::{self, Request};
-use crate::spi::{Db, directive, session};
+use crate::spi::{Db, directive, guard, session};
 
 // Not SECURITY DEFINER, nor is release_sd: where tables are written directly no rights are needed, and
 // setting them up for each call is a good part of what a claim costs.
@@ -24,20 +26,22 @@ fn claim_sd(
 ) -> Result<Jsonb, ErrorReport> {
     let sd_id = checked_id("p_sd_id", p_sd_id)?;
     let session_id = checked_id("p_session_id", p_session_id)?;
-    Ok(Db::connect_for(running(fcinfo), |db| answer(acquire(db, sd_id, session_id, p_track)?))?)
+    let track = checked_track(p_track)?;
+    Ok(Db::connect_for(running(fcinfo), |db| answer(acquire(db, sd_id, session_id, track)?))?)
 }
 
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
+#[pg_extern(volatile, parallel_unsafe)]
 fn sd_start(
     p_sd_id: Option<&str>,
     p_session_id: Option<&str>,
     p_track: default!(Option<&str>, "NULL"),
+    fcinfo: pg_sys::FunctionCallInfo,
 ) -> Result<String, ErrorReport> {
     let sd_id = checked_id("p_sd_id", p_sd_id)?;
     let session_id = checked_id("p_session_id", p_session_id)?;
-    Ok(Db::connect(|db| {
-        Ok(match acquire(db, sd_id, session_id, p_track)? {
+    let track = checked_track(p_track)?;
+    Ok(Db::connect(running(fcinfo), |db| {
+        Ok(match acquire(db, sd_id, session_id, track)? {
             Ok(claimed) => {
                 text::claimed(&claimed, directive::title(db, &claimed.sd_id)?.as_deref())
             }
@@ -53,23 +57,31 @@ fn acquire(
     track: Option<&str>,
 ) -> Result<Result<Claimed, Refusal>> {
     shared::note_acting_for(session_id);
-    let request = Request { sd_id, session_id, track, force: None, queued: None };
+    let request =
+        Request { sd_id, session_id, track, force: None, only_if_held: false, queued: None };
     claim::acquire(db, request, |session| check_may_act_for(db, session))
 }
 
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
+#[pg_extern(volatile, parallel_unsafe)]
 fn takeover_sd(
     p_sd_id: Option<&str>,
     p_session_id: Option<&str>,
     p_reason: Option<&str>,
+    fcinfo: pg_sys::FunctionCallInfo,
 ) -> Result<Jsonb, ErrorReport> {
     let sd_id = checked_id("p_sd_id", p_sd_id)?;
     let session_id = checked_id("p_session_id", p_session_id)?;
     let reason = mandatory_reason(p_reason)?;
-    Ok(Db::connect(|db| {
+    Ok(Db::connect(running(fcinfo), |db| {
         shared::note_acting_for(session_id);
-        let request = Request { sd_id, session_id, track: None, force: Some(reason), queued: None };
+        let request = Request {
+            sd_id,
+            session_id,
+            track: None,
+            force: Some(reason),
+            only_if_held: false,
+            queued: None,
+        };
         answer(claim::acquire(db, request, |session| check_may_act_for(db, session))?)
     })?)
 }
@@ -82,7 +94,7 @@ fn release_sd(
     fcinfo: pg_sys::FunctionCallInfo,
 ) -> Result<Jsonb, ErrorReport> {
     let session_id = checked_id("p_session_id", p_session_id)?;
-    let reason = reason_or(p_reason, "manual");
+    let reason = reason_or(p_reason, "manual")?;
     Ok(Db::connect_for(running(fcinfo), |db| answer(release(db, session_id, reason, p_claim_id)?))?)
 }
 
@@ -114,8 +126,11 @@ fn release(
     let Some((sd_id, claim_id)) = found.sd_id.zip(found.claim_id) else {
         return Ok(Err(Refusal::NoClaim { session_id: session_id.into() }));
     };
+    // Before the SD is locked, which they may come to need.
+    guard::await_others(claim_id)?;
+    session::await_writer(db, session_id)?;
     directive::lock(db, vec![sd_id.clone()])?;
-    let unasked = identity::caller()? != found.owner_role;
+    let unasked = identity::caller() != found.owner_role;
     Ok(match session::let_go(db, session_id, claim_id, reason, unasked)? {
         Some(released_at) => Ok(Released {
             success: true,
@@ -129,18 +144,18 @@ fn release(
     })
 }
 
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
+#[pg_extern(volatile, parallel_unsafe)]
 fn is_sd_claimed(
     p_sd_id: Option<&str>,
     p_exclude_session_id: default!(Option<&str>, "NULL"),
+    fcinfo: pg_sys::FunctionCallInfo,
 ) -> Result<Jsonb, ErrorReport> {
     let sd_id = checked_id("p_sd_id", p_sd_id)?;
     let excluded = match p_exclude_session_id {
         None => None,
         given => Some(checked_id("p_exclude_session_id", given)?),
     };
-    Ok(Db::connect(|db| {
+    Ok(Db::look(running(fcinfo), |db| {
         let picture = claim::look(db, None, sd_id)?;
         let status = match picture.owner {
             Some((owner, stale)) if Some(owner.session_id.as_str()) != excluded => {

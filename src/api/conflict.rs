@@ -5,7 +5,7 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde_json::{Value, json};
 
-use super::answer;
+use super::{answer, running};
 use crate::error::{ClaimError, Result, checked_id};
 use crate::jsonb::Jsonb;
 use crate::spi::{Db, claim, conflict, directive};
@@ -13,13 +13,13 @@ use crate::spi::{Db, claim, conflict, directive};
 /// The longest kind of a conflict, in characters.
 const MAX_TYPE_CHARACTERS: usize = 200;
 
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
+#[pg_extern(volatile, parallel_unsafe)]
 fn declare_conflict(
     p_sd_a: Option<&str>,
     p_sd_b: Option<&str>,
     p_conflict_type: Option<&str>,
     p_conflict_severity: default!(Option<&str>, "'blocking'"),
+    fcinfo: pg_sys::FunctionCallInfo,
 ) -> Result<Jsonb, ErrorReport> {
     let a = checked_id("p_sd_a", p_sd_a)?;
     let b = checked_id("p_sd_b", p_sd_b)?;
@@ -46,7 +46,7 @@ fn declare_conflict(
                 "Only 'blocking' refuses claims.",
             )
         })?;
-    Ok(Db::connect(|db| answer(declare(db, a, b, kind, severity)?))?)
+    Ok(Db::connect(running(fcinfo), |db| answer(declare(db, a, b, kind, severity)?))?)
 }
 
 fn declare(
@@ -93,18 +93,22 @@ fn canonical_pair(db: &Db<'_>, a: &str, b: &str) -> Result<Result<(String, Strin
     })
 }
 
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
-fn resolve_conflict(p_sd_a: Option<&str>, p_sd_b: Option<&str>) -> Result<Jsonb, ErrorReport> {
+#[pg_extern(volatile, parallel_unsafe)]
+fn resolve_conflict(
+    p_sd_a: Option<&str>,
+    p_sd_b: Option<&str>,
+    fcinfo: pg_sys::FunctionCallInfo,
+) -> Result<Jsonb, ErrorReport> {
     let a = checked_id("p_sd_a", p_sd_a)?;
     let b = checked_id("p_sd_b", p_sd_b)?;
-    Ok(Db::connect(|db| answer(resolve(db, a, b)?))?)
+    Ok(Db::connect(running(fcinfo), |db| answer(resolve(db, a, b)?))?)
 }
 
 fn resolve(db: &Db<'_>, a: &str, b: &str) -> Result<Result<Value, Refusal>> {
     // An SD that has been deleted since is known by the name under which it was declared.
     let pair = canonical_pair(db, a, b)?.unwrap_or_else(|_| (a.to_owned(), b.to_owned()));
     let (a, b) = conflict::ordered(&pair.0, &pair.1);
+    directive::lock(db, vec![a.to_owned(), b.to_owned()])?;
     if !conflict::resolve(db, (a, b))? {
         return Ok(Err(Refusal::NoConflict { sd_id: a.to_owned(), other: b.to_owned() }));
     }

@@ -3,7 +3,7 @@
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
-use super::answer;
+use super::{answer, running};
 use crate::error::{ClaimError, Result};
 use crate::jsonb::Jsonb;
 use crate::spi::Db;
@@ -26,8 +26,7 @@ CREATE FUNCTION bind_directives(
     p_active_session_id_column text DEFAULT NULL,
     p_terminal_statuses        text[] DEFAULT '{completed,cancelled,deferred}')
 RETURNS jsonb
-LANGUAGE c VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path TO pg_catalog, pg_temp
+LANGUAGE c VOLATILE PARALLEL UNSAFE
 AS '@MODULE_PATHNAME@', '@FUNCTION_NAME@';
 "#)]
 #[allow(clippy::too_many_arguments)]
@@ -45,6 +44,7 @@ fn bind_directives(
     p_is_working_on_column: Option<String>,
     p_active_session_id_column: Option<String>,
     p_terminal_statuses: Option<Vec<Option<String>>>,
+    fcinfo: pg_sys::FunctionCallInfo,
 ) -> Result<Jsonb, ErrorReport> {
     let table = p_table.ok_or_else(|| ClaimError::InvalidArgument {
         argument: "p_table",
@@ -68,18 +68,17 @@ fn bind_directives(
             None => Columns::own().terminal_statuses,
         },
     };
-    Ok(Db::connect(|db| answer(Ok(directive::bind(db, table, asked)?)))?)
+    Ok(Db::connect(running(fcinfo), |db| answer(Ok(directive::bind(db, table, asked)?)))?)
 }
 
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
-fn unbind_directives() -> Result<Jsonb, ErrorReport> {
-    let table = Db::connect(directive::unbind)?;
+#[pg_extern(volatile, parallel_unsafe)]
+fn unbind_directives(fcinfo: pg_sys::FunctionCallInfo) -> Result<Jsonb, ErrorReport> {
+    let table = Db::connect(running(fcinfo), directive::unbind)?;
     Ok(super::json(&serde_json::json!({ "success": true, "unbound_table": table }))?)
 }
 
 /// Serves the installation, which drops it again.
 #[pg_extern(volatile, parallel_unsafe)]
 pub fn attach_default_directives() -> Result<(), ErrorReport> {
-    Ok(Db::connect(directive::attach_own)?)
+    Ok(Db::within(directive::attach_own)?)
 }

@@ -3,14 +3,18 @@
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
+use super::running;
 use crate::error::{ClaimError, Result};
 use crate::jsonb::Jsonb;
 use crate::spi::Db;
 use crate::spi::grant::{self, Level};
 
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
-fn grant_coordination(p_role: Option<&str>, p_level: Option<&str>) -> Result<Jsonb, ErrorReport> {
+#[pg_extern(volatile, parallel_unsafe)]
+fn grant_coordination(
+    p_role: Option<&str>,
+    p_level: Option<&str>,
+    fcinfo: pg_sys::FunctionCallInfo,
+) -> Result<Jsonb, ErrorReport> {
     let invalid = |argument, reason: String, hint: &str| ClaimError::InvalidArgument {
         argument,
         reason,
@@ -27,6 +31,12 @@ fn grant_coordination(p_role: Option<&str>, p_level: Option<&str>) -> Result<Jso
             "The levels are 'viewer', 'worker', 'operator', and 'none' to take all back.",
         )
     })?;
-    Db::connect(|db| grant::set_level(db, role, level))?;
-    Ok(super::json(&serde_json::json!({ "success": true, "role": role, "level": level_name }))?)
+    let changed = Db::administer(running(fcinfo), |db| grant::set_level(db, role, level))?;
+    Ok(super::json(&serde_json::json!({
+        "success": true,
+        "role": role,
+        "level": level_name,
+        "revoked": changed.revoked,
+        "left": changed.left,
+    }))?)
 }

@@ -5,18 +5,20 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde_json::json;
 
-use super::{check_may_act_as, shared};
+use super::{check_may_act_as, running, shared};
 use crate::error::{ClaimError, Result, checked_id};
 use crate::jsonb::Jsonb;
+use crate::spi::claim::contradiction;
 use crate::spi::guard::Acquisition;
-use crate::spi::{Db, claim, directive, guard};
+use crate::spi::table::Wait;
+use crate::spi::{Db, claim, directive, guard, session};
 
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
+#[pg_extern(volatile, parallel_unsafe)]
 fn assert_claim(
     p_sd_id: Option<&str>,
     p_session_id: Option<&str>,
     p_claim_id: Option<i64>,
+    fcinfo: pg_sys::FunctionCallInfo,
 ) -> Result<i64, ErrorReport> {
     let sd_id = checked_id("p_sd_id", p_sd_id)?;
     let session_id = checked_id("p_session_id", p_session_id)?;
@@ -25,7 +27,7 @@ fn assert_claim(
         reason: "must not be NULL".into(),
         hint: Some("Give the claim_id that claim_sd() answered with.".into()),
     })?;
-    Ok(Db::connect(|db| assert_held(db, sd_id, session_id, claim_id))?)
+    Ok(Db::connect(running(fcinfo), |db| assert_held(db, sd_id, session_id, claim_id))?)
 }
 
 fn assert_held(db: &Db<'_>, sd_id: &str, session_id: &str, claim_id: i64) -> Result<i64> {
@@ -36,7 +38,13 @@ fn assert_held(db: &Db<'_>, sd_id: &str, session_id: &str, claim_id: i64) -> Res
         claim_id,
         detail,
     };
-    let Some(found) = guard::hold(db, claim_id)? else {
+    let mut found = guard::hold(db, claim_id)?;
+    if found.as_ref().is_none_or(|found| found.released_at.is_some())
+        && holds_all_the_same(db, session_id, claim_id)?
+    {
+        found = guard::hold(db, claim_id)?;
+    }
+    let Some(found) = found else {
         return Err(refused(format!("There never was a claim {claim_id}.")));
     };
     // Whose it is comes before what became of it: that is not for everybody to know.
@@ -57,6 +65,15 @@ fn assert_held(db: &Db<'_>, sd_id: &str, session_id: &str, claim_id: i64) -> Res
         guard::remember(sd_id);
     }
     Ok(claim_id)
+}
+
+/// Whether the session holds an acquisition that the history says has ended, or does not have. Then it is open again.
+fn holds_all_the_same(db: &Db<'_>, session_id: &str, claim_id: i64) -> Result<bool> {
+    let holding =
+        session::find(db, session_id)?.filter(|session| session.claim_id == Some(claim_id));
+    let Some(sd_id) = holding.and_then(|session| session.sd_id) else { return Ok(false) };
+    directive::lock(db, vec![sd_id.clone()])?;
+    Ok(!contradiction::settle(db, &sd_id, Wait::Block)?.is_empty())
 }
 
 /// Whether `asked` names the SD of that canonical id.
@@ -93,13 +110,13 @@ fn shown(at: DateTime<Utc>) -> String {
 #[pg_extern(sql = r#"
 CREATE FUNCTION guard_table(p_table regclass, p_sd_column name)
 RETURNS jsonb
-LANGUAGE c VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path TO pg_catalog, pg_temp
+LANGUAGE c VOLATILE PARALLEL UNSAFE
 AS '@MODULE_PATHNAME@', '@FUNCTION_NAME@';
 "#)]
 fn guard_table(
     p_table: Option<pg_sys::Oid>,
     p_sd_column: Option<&core::ffi::CStr>,
+    fcinfo: pg_sys::FunctionCallInfo,
 ) -> Result<Jsonb, ErrorReport> {
     let table = checked_table(p_table)?;
     let column = p_sd_column.and_then(|name| name.to_str().ok()).ok_or_else(|| {
@@ -109,20 +126,22 @@ fn guard_table(
             hint: Some("Name the column that says which SD a row is of.".into()),
         }
     })?;
-    let name = Db::connect(|db| directive::guard_table(db, table, column))?;
+    let name = Db::connect(running(fcinfo), |db| directive::guard_table(db, table, column))?;
     Ok(super::json(&json!({ "success": true, "table": name, "sd_column": column }))?)
 }
 
 #[pg_extern(sql = r#"
 CREATE FUNCTION unguard_table(p_table regclass)
 RETURNS jsonb
-LANGUAGE c VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path TO pg_catalog, pg_temp
+LANGUAGE c VOLATILE PARALLEL UNSAFE
 AS '@MODULE_PATHNAME@', '@FUNCTION_NAME@';
 "#)]
-fn unguard_table(p_table: Option<pg_sys::Oid>) -> Result<Jsonb, ErrorReport> {
+fn unguard_table(
+    p_table: Option<pg_sys::Oid>,
+    fcinfo: pg_sys::FunctionCallInfo,
+) -> Result<Jsonb, ErrorReport> {
     let table = checked_table(p_table)?;
-    let name = Db::connect(|db| directive::unguard_table(db, table))?;
+    let name = Db::connect(running(fcinfo), |db| directive::unguard_table(db, table))?;
     Ok(super::json(&json!({ "success": true, "table": name }))?)
 }
 

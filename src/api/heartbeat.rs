@@ -11,16 +11,17 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
 use super::{answer, check_may_act_for, may_act_for_all, running, shared};
-use crate::error::{ClaimError, Result, checked_id};
+use crate::error::{ClaimError, MAX_REASON_CHARACTERS, Result, checked_id, checked_text};
 use crate::guc;
-use crate::identity::{self, Role};
+use crate::identity;
 use crate::jsonb::Jsonb;
+use crate::spi::claim::contradiction;
 use crate::spi::heartbeat::{self, Found};
-use crate::spi::{Db, claim, session, time};
+use crate::spi::{Db, catalog, claim, installation, session, time};
 use crate::worker::wake;
 
-/// The longest note on progress, in characters.
-const MAX_NOTE_CHARACTERS: usize = 1000;
+/// The most sessions that one call beats for.
+const MOST_SESSIONS: usize = 10_000;
 
 // Not SECURITY DEFINER: the board needs no rights, and the server would spend more on them than on the
 // heartbeat.
@@ -32,28 +33,32 @@ fn update_session_heartbeat(
 ) -> Result<Jsonb, ErrorReport> {
     let session_id = checked_id("p_session_id", p_session_id)?;
     shared::note_acting_for(session_id);
-    let caller = identity::caller()?;
-    if let Some(beat) = heartbeat::beat_on_board(session_id, caller, p_claim_id) {
+    let caller = identity::caller();
+    let function = running(fcinfo);
+    if let Some(sessions) = catalog::sessions_of(function)
+        && let Some(beat) = heartbeat::beat_on_board(sessions, session_id, caller, p_claim_id)
+    {
         return Ok(answer(Ok(beat))?);
     }
     wake::keep();
-    if let Some(beat) = heartbeat::beat_at_once(session_id, caller, p_claim_id)? {
+    if installation::is_known_in_use()
+        && let Some(beat) = heartbeat::beat_at_once(session_id, caller, p_claim_id)?
+    {
         return Ok(answer(Ok(beat))?);
     }
-    let function = running(fcinfo);
     Ok(Db::connect_for(function, |db| answer(beat(db, session_id, p_claim_id)?))?)
 }
 
 /// Records a sign of life of the session, or says why not.
 pub fn beat(db: &Db<'_>, session_id: &str, named: Option<i64>) -> Result<Result<Beat, Refusal>> {
     shared::note_acting_for(session_id);
-    // A connection that has not looked yet learns where the sessions are.
-    db.catalog()?;
-    if let Some(beat) = heartbeat::beat_on_board(session_id, identity::caller()?, named) {
+    let (sessions, caller) = (db.catalog()?.sessions, identity::caller());
+    if let Some(beat) = heartbeat::beat_on_board(sessions, session_id, caller, named) {
         return Ok(Ok(beat));
     }
+    contradiction::end_finished_of_one(db, session_id)?;
     // One statement where all is well; only its failure asks why.
-    let mut beaten = heartbeat::beat(db, session_id, identity::caller()?, named)?;
+    let mut beaten = heartbeat::beat(db, session_id, caller, named)?;
     if beaten.is_none() {
         let Some(found) = session::find(db, session_id)? else {
             return Ok(Err(Refusal::SessionNotFound { session_id: session_id.into() }));
@@ -87,9 +92,11 @@ fn not_held(db: &Db<'_>, session_id: &str, named: Option<i64>) -> Result<Refusal
     })
 }
 
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
-fn heartbeat_sessions(p_session_ids: Option<Vec<Option<String>>>) -> Result<Jsonb, ErrorReport> {
+#[pg_extern(volatile, parallel_unsafe)]
+fn heartbeat_sessions(
+    p_session_ids: Option<Vec<Option<String>>>,
+    fcinfo: pg_sys::FunctionCallInfo,
+) -> Result<Jsonb, ErrorReport> {
     let mut session_ids: Vec<String> = Vec::new();
     let mut known: HashSet<&str> = HashSet::new();
     let given = p_session_ids.ok_or_else(|| ClaimError::InvalidArgument {
@@ -97,6 +104,13 @@ fn heartbeat_sessions(p_session_ids: Option<Vec<Option<String>>>) -> Result<Json
         reason: "must not be NULL".into(),
         hint: Some("Give an array of session ids; it may be empty.".into()),
     })?;
+    if given.len() > MOST_SESSIONS {
+        Err(ClaimError::InvalidArgument {
+            argument: "p_session_ids",
+            reason: format!("must not hold more than {MOST_SESSIONS} ids"),
+            hint: Some("Beat for the rest with another call.".into()),
+        })?;
+    }
     for session_id in &given {
         let session_id = checked_id("p_session_ids", session_id.as_deref())?;
         // A session that is named twice beats once and is answered once.
@@ -104,17 +118,17 @@ fn heartbeat_sessions(p_session_ids: Option<Vec<Option<String>>>) -> Result<Json
             session_ids.push(session_id.to_owned());
         }
     }
-    let caller = identity::caller()?;
+    let caller = identity::caller();
     let mut answers: Vec<Option<BeatOrRefusal>> = session_ids.iter().map(|_| None).collect();
-    let knew = heartbeat::knows_the_board();
-    beat_all_on_board(&session_ids, &mut answers, caller);
+    // Before anything that may wait: these count whatever becomes of the others.
+    if let Some(sessions) = catalog::sessions_of(running(fcinfo)) {
+        for (session_id, answer) in session_ids.iter().zip(&mut answers) {
+            let beat = heartbeat::beat_on_board(sessions, session_id, caller, None);
+            *answer = beat.map(BeatOrRefusal::Beat);
+        }
+    }
     if answers.iter().any(Option::is_none) {
-        Db::connect(|db| {
-            // A connection that has not looked yet, or not since a change, learns where the sessions are.
-            if !knew {
-                db.catalog()?;
-                beat_all_on_board(&session_ids, &mut answers, caller);
-            }
+        Db::connect(running(fcinfo), |db| {
             let rest = session_ids.iter().zip(&answers).filter(|(_, answer)| answer.is_none());
             let rest: Vec<String> = rest.map(|(session_id, _)| session_id.clone()).collect();
             let mut of_rest = beat_all(db, &rest)?.into_iter();
@@ -127,22 +141,13 @@ fn heartbeat_sessions(p_session_ids: Option<Vec<Option<String>>>) -> Result<Json
     Ok(answer(Ok(Beats::new(answers.into_iter().flatten().collect())))?)
 }
 
-/// The heartbeats that need no table, of those sessions that have no answer yet.
-fn beat_all_on_board(session_ids: &[String], answers: &mut [Option<BeatOrRefusal>], caller: Role) {
-    for (session_id, answer) in session_ids.iter().zip(answers) {
-        if answer.is_none() {
-            let beat = heartbeat::beat_on_board(session_id, caller, None);
-            *answer = beat.map(BeatOrRefusal::Beat);
-        }
-    }
-}
-
 /// The heartbeats that the table must record, in the order of the question.
 fn beat_all(db: &Db<'_>, session_ids: &[String]) -> Result<Vec<BeatOrRefusal>> {
     if session_ids.is_empty() {
         return Ok(Vec::new());
     }
     may_act_for_all(db, session_ids)?;
+    contradiction::end_finished_of(db, session_ids)?;
     let mut answers = Vec::with_capacity(session_ids.len());
     for (session_id, found) in heartbeat::beat_many(db, session_ids)? {
         answers.push(match found {
@@ -155,16 +160,16 @@ fn beat_all(db: &Db<'_>, session_ids: &[String]) -> Result<Vec<BeatOrRefusal>> {
     Ok(answers)
 }
 
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
+#[pg_extern(volatile, parallel_unsafe)]
 fn extend_lease(
     p_session_id: Option<&str>,
     p_for: Option<Interval>,
     p_claim_id: default!(Option<i64>, "NULL"),
+    fcinfo: pg_sys::FunctionCallInfo,
 ) -> Result<Jsonb, ErrorReport> {
     let session_id = checked_id("p_session_id", p_session_id)?;
     let silence = checked_silence(p_for)?;
-    Ok(Db::connect(|db| answer(extend(db, session_id, silence, p_claim_id)?))?)
+    Ok(Db::connect(running(fcinfo), |db| answer(extend(db, session_id, silence, p_claim_id)?))?)
 }
 
 fn checked_silence(silence: Option<Interval>) -> Result<Interval> {
@@ -224,22 +229,16 @@ pub fn checked_session(db: &Db<'_>, session_id: &str) -> Result<Result<(), Refus
     Ok(Ok(()))
 }
 
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
+#[pg_extern(volatile, parallel_unsafe)]
 fn report_progress(
     p_session_id: Option<&str>,
     p_note: default!(Option<&str>, "NULL"),
     p_claim_id: default!(Option<i64>, "NULL"),
+    fcinfo: pg_sys::FunctionCallInfo,
 ) -> Result<Jsonb, ErrorReport> {
     let session_id = checked_id("p_session_id", p_session_id)?;
-    if p_note.is_some_and(|note| note.chars().count() > MAX_NOTE_CHARACTERS) {
-        Err(ClaimError::InvalidArgument {
-            argument: "p_note",
-            reason: format!("must not be longer than {MAX_NOTE_CHARACTERS} characters"),
-            hint: Some("Say what has been done in a line; keep the rest elsewhere.".into()),
-        })?;
-    }
-    Ok(Db::connect(|db| answer(progress(db, session_id, p_note, p_claim_id)?))?)
+    let note = checked_text("p_note", p_note, MAX_REASON_CHARACTERS)?;
+    Ok(Db::connect(running(fcinfo), |db| answer(progress(db, session_id, note, p_claim_id)?))?)
 }
 
 fn progress(

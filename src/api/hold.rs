@@ -5,17 +5,20 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde_json::{Value, json};
 
-use super::{answer, mandatory_reason};
+use super::{answer, mandatory_reason, running};
 use crate::error::{Result, checked_id};
 use crate::jsonb::Jsonb;
 use crate::spi::{Db, claim, directive, hold};
 
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
-fn hold_sd(p_sd_id: Option<&str>, p_reason: Option<&str>) -> Result<Jsonb, ErrorReport> {
+#[pg_extern(volatile, parallel_unsafe)]
+fn hold_sd(
+    p_sd_id: Option<&str>,
+    p_reason: Option<&str>,
+    fcinfo: pg_sys::FunctionCallInfo,
+) -> Result<Jsonb, ErrorReport> {
     let sd_id = checked_id("p_sd_id", p_sd_id)?;
     let reason = mandatory_reason(p_reason)?;
-    Ok(Db::connect(|db| answer(stop(db, sd_id, reason)?))?)
+    Ok(Db::connect(running(fcinfo), |db| answer(stop(db, sd_id, reason)?))?)
 }
 
 fn stop(db: &Db<'_>, sd_id: &str, reason: &str) -> Result<Result<Value, Refusal>> {
@@ -36,16 +39,19 @@ fn stop(db: &Db<'_>, sd_id: &str, reason: &str) -> Result<Result<Value, Refusal>
     })))
 }
 
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
-fn unhold_sd(p_sd_id: Option<&str>) -> Result<Jsonb, ErrorReport> {
+#[pg_extern(volatile, parallel_unsafe)]
+fn unhold_sd(
+    p_sd_id: Option<&str>,
+    fcinfo: pg_sys::FunctionCallInfo,
+) -> Result<Jsonb, ErrorReport> {
     let sd_id = checked_id("p_sd_id", p_sd_id)?;
-    Ok(Db::connect(|db| answer(go(db, sd_id)?))?)
+    Ok(Db::connect(running(fcinfo), |db| answer(go(db, sd_id)?))?)
 }
 
 fn go(db: &Db<'_>, sd_id: &str) -> Result<Result<Value, Refusal>> {
     // An SD that has been deleted since is known by the name under which it was stopped.
     let sd_id = claim::look(db, None, sd_id)?.sd.map_or_else(|| sd_id.to_owned(), |sd| sd.sd_id);
+    directive::lock(db, vec![sd_id.clone()])?;
     if hold::unhold(db, &sd_id)? {
         Ok(Ok(json!({ "success": true, "sd_id": sd_id })))
     } else {

@@ -8,22 +8,31 @@ use pgrx::prelude::*;
 use serde_json::Value;
 
 use super::heartbeat::{beat, checked_session};
-use super::{answer, shared};
+use super::{answer, running, shared};
 use crate::error::{Result, checked_id};
-use crate::guc;
 use crate::jsonb::Jsonb;
 use crate::spi::manager::{self, Connection};
 use crate::spi::{Db, time};
 use crate::worker::wake;
+use crate::{beating, guc, service};
 
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
-fn start_heartbeat(p_session_id: Option<&str>) -> Result<Jsonb, ErrorReport> {
+#[pg_extern(volatile, parallel_unsafe)]
+fn start_heartbeat(
+    p_session_id: Option<&str>,
+    fcinfo: pg_sys::FunctionCallInfo,
+) -> Result<Jsonb, ErrorReport> {
     let session_id = checked_id("p_session_id", p_session_id)?;
-    Ok(Db::connect(|db| super::json(&start(db, session_id)?))?)
+    let function = running(fcinfo);
+    let begin = |db: &Db<'_>| super::json(&start(db, function, session_id)?);
+    // A standby has no worker, and says so.
+    Ok(if service::is_in_recovery() {
+        Db::look(function, begin)
+    } else {
+        Db::connect(function, begin)
+    }?)
 }
 
-fn start(db: &Db<'_>, session_id: &str) -> Result<Value> {
+fn start(db: &Db<'_>, function: pg_sys::Oid, session_id: &str) -> Result<Value> {
     if let Err(refusal) = checked_session(db, session_id)? {
         return Ok(serde_json::to_value(refusal)?);
     }
@@ -42,6 +51,7 @@ fn start(db: &Db<'_>, session_id: &str) -> Result<Value> {
     };
     manager::start(db, connection, session_id, first.heartbeat_at)?;
     shared::bind(Some(session_id));
+    beating::begin(function);
     wake::at_commit();
     wake::at_exit();
     Ok(serde_json::to_value(Started {
@@ -51,24 +61,24 @@ fn start(db: &Db<'_>, session_id: &str) -> Result<Value> {
     })?)
 }
 
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
-fn stop_heartbeat() -> Result<Jsonb, ErrorReport> {
-    let stopped_session = Db::connect(|db| manager::stop(db, Connection::own()))?;
+#[pg_extern(volatile, parallel_unsafe)]
+fn stop_heartbeat(fcinfo: pg_sys::FunctionCallInfo) -> Result<Jsonb, ErrorReport> {
+    let stopped_session = Db::connect(running(fcinfo), |db| manager::stop(db, Connection::own()))?;
     shared::bind(None);
-    Ok(Db::connect(|_| answer(Ok(Stopped { success: true, stopped_session })))?)
+    beating::end();
+    Ok(Db::connect(running(fcinfo), |_| answer(Ok(Stopped { success: true, stopped_session })))?)
 }
 
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
-fn is_heartbeat_active() -> Result<Jsonb, ErrorReport> {
-    Ok(Db::connect(|db| answer(Ok(Activity::from(manager::find(db, Connection::own())?))))?)
+#[pg_extern(volatile, parallel_unsafe)]
+fn is_heartbeat_active(fcinfo: pg_sys::FunctionCallInfo) -> Result<Jsonb, ErrorReport> {
+    Ok(Db::look(running(fcinfo), |db| {
+        answer(Ok(Activity::from(manager::find(db, Connection::own())?)))
+    })?)
 }
 
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
-fn get_heartbeat_stats() -> Result<Jsonb, ErrorReport> {
-    Ok(Db::connect(|db| {
+#[pg_extern(volatile, parallel_unsafe)]
+fn get_heartbeat_stats(fcinfo: pg_sys::FunctionCallInfo) -> Result<Jsonb, ErrorReport> {
+    Ok(Db::look(running(fcinfo), |db| {
         let managed = manager::find(db, Connection::own())?;
         let interval = manager::interval_of(db, managed.as_ref().map(|m| m.session_id.as_str()))?;
         answer(Ok(Stats::new(
@@ -81,11 +91,13 @@ fn get_heartbeat_stats() -> Result<Jsonb, ErrorReport> {
     })?)
 }
 
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
-fn force_heartbeat(p_session_id: Option<&str>) -> Result<Jsonb, ErrorReport> {
+#[pg_extern(volatile, parallel_unsafe)]
+fn force_heartbeat(
+    p_session_id: Option<&str>,
+    fcinfo: pg_sys::FunctionCallInfo,
+) -> Result<Jsonb, ErrorReport> {
     let session_id = checked_id("p_session_id", p_session_id)?;
-    Ok(Db::connect(|db| answer(force(db, session_id)?))?)
+    Ok(Db::connect(running(fcinfo), |db| answer(force(db, session_id)?))?)
 }
 
 fn force(db: &Db<'_>, session_id: &str) -> Result<Result<Beat, Refusal>> {

@@ -9,12 +9,14 @@ use pgrx::{PgLogLevel, PgSqlErrorCode};
 use serde::Serialize;
 use serde_json::json;
 
+use super::running;
 use crate::attempt::each_or_halves;
 use crate::error::{ClaimError, Result};
 use crate::guc;
 use crate::jsonb::Jsonb;
+use crate::spi::claim::contradiction::{self, Stranded};
 use crate::spi::claim::reap::{self, Policy};
-use crate::spi::{Db, heartbeat, order, prune, time};
+use crate::spi::{Db, heartbeat, numbers, order, prune, session, time};
 use crate::worker::wake;
 
 /// How many events a call puts in order and announces.
@@ -23,11 +25,11 @@ const EVENT_BATCH: i32 = 10_000;
 /// The most rows that one call takes on.
 const MAX_BATCH: i32 = 100_000;
 
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
+#[pg_extern(volatile, parallel_unsafe)]
 fn cleanup_stale_sessions(
     p_stale_threshold_seconds: default!(Option<i32>, "NULL"),
     p_batch_size: default!(Option<i32>, "100"),
+    fcinfo: pg_sys::FunctionCallInfo,
 ) -> Result<Jsonb, ErrorReport> {
     let threshold = p_stale_threshold_seconds.unwrap_or(0);
     if threshold < 0 {
@@ -41,7 +43,7 @@ fn cleanup_stale_sessions(
     let policy = Policy { reap: true, min_silence: TimeDelta::seconds(i64::from(threshold)) };
     // The worker passes by what this holds, and must look again afterwards.
     wake::at_commit();
-    let (reaped, failures) = Db::connect(|db| {
+    let (reaped, failures) = Db::connect(running(fcinfo), |db| {
         let mut failures = Failures::default();
         // The worker does that where one serves this database, whatever keeps it from being there right now, and
         // locks the sessions for a shorter time.
@@ -51,11 +53,19 @@ fn cleanup_stale_sessions(
             })?;
         }
         let reaped = reap_up_to(db, policy, batch, &mut failures)?;
-        order::append_visible(db, EVENT_BATCH)?;
-        // What does not fit into the server's queue, which a listener may have filled that is stuck in a
-        // transaction, would fail all this when it commits.
-        if order::may_announce(db)? {
-            order::announce(db, EVENT_BATCH, guc::notify())?;
+        settle_up_to(db, batch, &mut failures)?;
+        // Keeps nothing else: it is tried again with the next call.
+        each_or_halves(&[()], &|_| session::follow_renames(db), &mut |()| {}, &mut |(), error| {
+            pgrx::warning!("sessions do not follow a renamed role: {error}")
+        });
+        // Nor are others to wait for this transaction's end until they are told of events.
+        if !wake::is_served() {
+            order::append_visible(db, EVENT_BATCH)?;
+            // What does not fit into the server's queue, which a listener may have filled that is stuck in a
+            // transaction, would fail all this when it commits.
+            if order::may_announce(db)? {
+                order::announce(db, EVENT_BATCH, guc::notify())?;
+            }
         }
         Ok((reaped, failures))
     })?;
@@ -139,15 +149,47 @@ fn reap_up_to(db: &Db<'_>, policy: Policy, limit: i32, failures: &mut Failures) 
     Ok(reaped)
 }
 
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
-fn prune_history(p_batch_size: default!(Option<i32>, "1000")) -> Result<Jsonb, ErrorReport> {
+/// Settles up to `limit` contradictions of each kind, as the worker does.
+fn settle_up_to(db: &Db<'_>, limit: i32, failures: &mut Failures) -> Result<()> {
+    let contradictory = contradiction::contradictory(db, "", limit)?;
+    each_or_halves(
+        &contradictory,
+        &|some: &[String]| {
+            some.iter().try_for_each(|sd_id| contradiction::try_settle(db, sd_id).map(|_| ()))
+        },
+        &mut |()| {},
+        &mut |sd_id, error| failures.add(sd_id, Some(sd_id), error),
+    );
+    let stranded = contradiction::stranded(db, 0, limit)?;
+    each_or_halves(
+        &stranded,
+        &|some: &[Stranded]| {
+            some.iter().try_for_each(|held| {
+                contradiction::end_finished(db, &held.session_id, &held.sd_id, held.claim_id)
+                    .map(|_| ())
+            })
+        },
+        &mut |()| {},
+        &mut |held, error| failures.add(&held.session_id, Some(&held.sd_id), error),
+    );
+    Ok(())
+}
+
+#[pg_extern(volatile, parallel_unsafe)]
+fn prune_history(
+    p_batch_size: default!(Option<i32>, "1000"),
+    fcinfo: pg_sys::FunctionCallInfo,
+) -> Result<Jsonb, ErrorReport> {
     let batch = checked_batch(p_batch_size)?;
     let limit =
         guc::history_retention().and_then(|retention| time::now().checked_sub_signed(retention));
     wake::at_commit();
-    let (claims, events, sessions) = Db::connect(|db| {
-        order::append_visible(db, EVENT_BATCH)?;
+    let (claims, events, sessions) = Db::connect(running(fcinfo), |db| {
+        // Where a worker serves this database it gives events their places, and nobody waits for this
+        // transaction's end.
+        if !wake::is_served() {
+            order::append_visible(db, EVENT_BATCH)?;
+        }
         let Some(limit) = limit else { return Ok((0, 0, 0)) };
         Ok((
             all_stretches(batch, |from, size| prune::claims(db, from, limit, size))?,
@@ -175,4 +217,15 @@ fn all_stretches(limit: i32, prune: impl Fn(i64, i32) -> Result<prune::Stretch>)
         from = stretch.next;
     }
     Ok(removed)
+}
+
+#[pg_extern(volatile, parallel_unsafe)]
+fn advance_numbers(fcinfo: pg_sys::FunctionCallInfo) -> Result<Jsonb, ErrorReport> {
+    let [claim_id, event_id, position] = Db::connect(running(fcinfo), numbers::lift_above_tables)?;
+    Ok(super::json(&json!({
+        "success": true,
+        "claim_id": claim_id,
+        "event_id": event_id,
+        "position": position,
+    }))?)
 }

@@ -5,17 +5,18 @@ use pg_claims_core::listing::{self, Style};
 use pg_claims_core::outcome::Claimed;
 use pg_claims_core::queue::{QueueReason, Queued};
 use pg_claims_core::refusal::Refusal;
+use pg_claims_core::text::{self, MOST_SHOWN};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde::Serialize;
 
-use super::{answer, check_may_act_for, json, running, shared};
+use super::{answer, check_may_act_for, checked_track, json, running, shared};
 use crate::error::{ClaimError, Result, checked_id};
 use crate::guc;
 use crate::jsonb::Jsonb;
 use crate::spi::claim::{self, Request};
-use crate::spi::queue::{self, Among, Attempt, Caller, Choice};
-use crate::spi::session::Session;
+use crate::spi::queue::{self, Among, Caller, Choice};
+use crate::spi::session::{self, Session};
 use crate::spi::{Db, directive};
 
 /// The least columns of a terminal that `sd_next` writes for.
@@ -42,7 +43,8 @@ fn claim_next_sd(
     fcinfo: pg_sys::FunctionCallInfo,
 ) -> Result<Jsonb, ErrorReport> {
     let session_id = checked_id("p_session_id", p_session_id)?;
-    Ok(Db::connect_for(running(fcinfo), |db| answer(claim_next(db, session_id, p_track)?))?)
+    let track = checked_track(p_track)?;
+    Ok(Db::connect_for(running(fcinfo), |db| answer(claim_next(db, session_id, track)?))?)
 }
 
 /// Each round ends it, passes over one more SD for good, or finds that what the session held or was
@@ -62,16 +64,29 @@ fn claim_next(db: &Db<'_>, session_id: &str, track: Option<&str>) -> Result<Resu
             return Ok(Err(Refusal::SessionReleased { session_id: session_id.into() }));
         }
         if let Some(held) = &caller.session.sd_id {
-            let request = Request { sd_id: held, session_id, track, force: None, queued: None };
+            let request = Request {
+                sd_id: held,
+                session_id,
+                track,
+                force: None,
+                only_if_held: true,
+                queued: None,
+            };
             match claim::acquire(db, request, may_act)? {
                 Ok(claimed) => {
                     let title = directive::title(db, &claimed.sd_id)?;
                     return Ok(Ok(Next { claimed, title, queue_reason: None }));
                 }
-                // It has lost it just now.
-                Err(Refusal::AlreadyClaimed { .. }) => changes += 1,
-                Err(refusal) => return Ok(Err(refusal)),
+                // The session holds it, but the backlog does not have it.
+                Err(refusal @ Refusal::SdNotFound { .. }) => return Ok(Err(refusal)),
+                // It has let it go, lost it or ended just now.
+                Err(_) => changes += 1,
             }
+            continue;
+        }
+        // Before an SD is locked, which whoever writes the session may come to need.
+        if session::await_writer(db, session_id)? {
+            changes += 1;
             continue;
         }
         let all_passed = [passed.as_slice(), &avoided].concat();
@@ -88,18 +103,19 @@ fn claim_next(db: &Db<'_>, session_id: &str, track: Option<&str>) -> Result<Resu
             session_id,
             track: track.or(choice.track.as_deref()),
             force: None,
+            only_if_held: false,
             queued: Some(Queued { reason, track }),
         };
-        let attempt = Attempt::at(&choice.sd_id);
-        let acquired = claim::acquire(db, request, may_act)?;
-        attempt.done();
-        match acquired {
+        match queue::attempt(&choice.sd_id, || claim::acquire(db, request, may_act))? {
             Ok(claimed) if claimed.already_owned => changes += 1,
             Ok(claimed) => {
                 let queue_reason = Some(reason);
-                return Ok(Ok(Next { claimed, title: choice.title, queue_reason }));
+                let title = choice.title.map(|title| title.chars().take(MOST_SHOWN).collect());
+                return Ok(Ok(Next { claimed, title, queue_reason }));
             }
             Err(Refusal::SessionNotFound { .. } | Refusal::SessionReleased { .. }) => changes += 1,
+            // With another SD it would be the same.
+            Err(refusal @ Refusal::QuotaReached { .. }) => return Ok(Err(refusal)),
             Err(_) => passed.push(choice.sd_id),
         }
     }
@@ -131,38 +147,43 @@ fn choose(
     Ok(queue::next(db, among, passed)?.map(|choice| (choice, QueueReason::Order)))
 }
 
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
+fn at_least(argument: &'static str, least: i32, given: Option<i32>) -> Result<Option<i32>> {
+    match given {
+        Some(given) if given < least => Err(ClaimError::InvalidArgument {
+            argument,
+            reason: format!("must be at least {least}, and is {given}"),
+            hint: Some("Leave it out for the usual value.".into()),
+        }),
+        _ => Ok(given),
+    }
+}
+
+#[pg_extern(volatile, parallel_unsafe)]
 fn sd_next(
     p_track: default!(Option<&str>, "NULL"),
     p_limit: default!(Option<i32>, "20"),
     p_color: default!(Option<bool>, "false"),
     p_session_id: default!(Option<&str>, "NULL"),
     p_width: default!(Option<i32>, "80"),
+    fcinfo: pg_sys::FunctionCallInfo,
 ) -> Result<SetOfIterator<'static, String>, ErrorReport> {
-    let at_least = |argument, least: i32, given: Option<i32>| match given {
-        Some(given) if given < least => Err(ClaimError::InvalidArgument {
-            argument,
-            reason: format!("must be at least {least}, and is {given}"),
-            hint: None,
-        }),
-        _ => Ok(given),
-    };
     let limit = at_least("p_limit", 1, p_limit)?;
-    let width = at_least("p_width", LEAST_WIDTH, p_width)?.unwrap_or(80);
-    let style = Style {
-        width: width.unsigned_abs() as usize,
-        color: p_color.unwrap_or(false),
-        session_id: p_session_id,
+    let track = checked_track(p_track)?;
+    let session_id = match p_session_id {
+        None => None,
+        given => Some(checked_id("p_session_id", given)?),
     };
-    let lines = Db::connect(|db| {
+    let width = at_least("p_width", LEAST_WIDTH, p_width)?.unwrap_or(80);
+    let style =
+        Style { width: width.unsigned_abs() as usize, color: p_color.unwrap_or(false), session_id };
+    let lines = Db::look(running(fcinfo), |db| {
         // One more tells whether there are more.
-        let mut entries = queue::list(db, p_track, limit.map(|limit| i64::from(limit) + 1))?;
+        let mut entries = queue::list(db, track, limit.map(|limit| i64::from(limit) + 1))?;
         let shown = limit.map_or(entries.len(), |limit| limit.unsigned_abs() as usize);
         let has_more = entries.len() > shown;
         entries.truncate(shown);
         if entries.is_empty() {
-            return Ok(vec![queue::shortage(db, p_track)?.message()]);
+            return Ok(vec![text::printable(&queue::shortage(db, track)?.message())]);
         }
         let mut lines = listing::lines(&entries, &style);
         if has_more {
@@ -173,6 +194,12 @@ fn sd_next(
     Ok(SetOfIterator::new(lines))
 }
 
+/// Stands behind lifecycle_events_since(): judges p_limit as sd_next() does.
+#[pg_extern(immutable, parallel_safe)]
+pub fn checked_limit(p_limit: Option<i32>) -> Result<Option<i32>, ErrorReport> {
+    Ok(at_least("p_limit", 1, p_limit)?)
+}
+
 /// Stands behind v_directives.
 #[pg_extern(immutable, parallel_safe)]
 pub fn dependency_keys(p_json: Option<&str>) -> Result<Option<Jsonb>, ErrorReport> {
@@ -180,10 +207,10 @@ pub fn dependency_keys(p_json: Option<&str>) -> Result<Option<Jsonb>, ErrorRepor
 }
 
 // Stable, as v_sd_queue calls it: see is_claim_live().
-#[pg_extern(stable, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
-pub fn dependency_cycles()
--> Result<TableIterator<'static, (name!(sd_id, String), name!(cycle, String))>, ErrorReport> {
-    let cycles = Db::connect(queue::cycles)?;
+#[pg_extern(stable, parallel_unsafe)]
+pub fn dependency_cycles(
+    fcinfo: pg_sys::FunctionCallInfo,
+) -> Result<TableIterator<'static, (name!(sd_id, String), name!(cycle, String))>, ErrorReport> {
+    let cycles = Db::look(running(fcinfo), queue::cycles)?;
     Ok(TableIterator::new(cycles.into_iter().map(|circular| (circular.sd_id, circular.cycle))))
 }

@@ -1,20 +1,27 @@
 //! Sessions: registering and ending.
 
+use std::ffi::CStr;
+
 use pg_claims_core::age;
 use pg_claims_core::refusal::Refusal;
 use pgrx::datum::Interval;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
+use serde_json::json;
 
-use super::{answer, check_may_act_for, reason_or, shared};
-use crate::error::{ClaimError, Result, checked_id};
+use super::{answer, check_may_act_for, reason_or, running, shared};
+use crate::error::{ClaimError, MAX_FACT_CHARACTERS, Result, checked_id, checked_text};
+use crate::identity::Role;
 use crate::jsonb::Jsonb;
-use crate::spi::session::{self, Registration};
-use crate::spi::{Db, directive, grant, time};
+use crate::spi::session::{self, Registration, Session};
+use crate::spi::{Db, directive, grant, guard, quota, time};
 use crate::{guc, identity};
 
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
+/// The most that a session may tell of itself, in bytes as the server stores them.
+const MOST_METADATA: usize = 64 * 1024;
+
+#[pg_extern(volatile, parallel_unsafe)]
+#[expect(clippy::too_many_arguments, reason = "those of the SQL function, and how it was called")]
 fn register_session(
     p_session_id: Option<&str>,
     p_hostname: default!(Option<&str>, "NULL"),
@@ -23,23 +30,25 @@ fn register_session(
     p_codebase: default!(Option<&str>, "NULL"),
     p_metadata: default!(Option<Jsonb>, "NULL"),
     p_stale_after: default!(Option<Interval>, "NULL"),
+    fcinfo: pg_sys::FunctionCallInfo,
 ) -> Result<Jsonb, ErrorReport> {
     let registration = Registration {
         session_id: checked_id("p_session_id", p_session_id)?,
-        hostname: p_hostname,
-        tty: p_tty,
+        hostname: checked_text("p_hostname", p_hostname, MAX_FACT_CHARACTERS)?,
+        tty: checked_text("p_tty", p_tty, MAX_FACT_CHARACTERS)?,
         pid: p_pid,
-        codebase: p_codebase,
+        codebase: checked_text("p_codebase", p_codebase, MAX_FACT_CHARACTERS)?,
         metadata: object_or_empty(p_metadata)?,
         stale_after: checked_lease(p_stale_after)?,
     };
-    Ok(Db::connect(|db| register(db, registration))?)
+    Ok(Db::connect(running(fcinfo), |db| register(db, registration))?)
 }
 
 fn object_or_empty(metadata: Option<Jsonb>) -> Result<Jsonb> {
     let Some(metadata) = metadata else {
         return Ok(Jsonb::of(&serde_json::json!({}))?);
     };
+    check_size(&metadata)?;
     if metadata.is_object() {
         return Ok(metadata);
     }
@@ -47,6 +56,20 @@ fn object_or_empty(metadata: Option<Jsonb>) -> Result<Jsonb> {
         argument: "p_metadata",
         reason: "must be a JSON object".into(),
         hint: Some("Objects are merged key by key with what the session told before.".into()),
+    })
+}
+
+/// As it comes, and as it is once it is merged: others read it.
+fn check_size(metadata: &Jsonb) -> Result<()> {
+    if metadata.size() <= MOST_METADATA {
+        return Ok(());
+    }
+    Err(ClaimError::InvalidArgument {
+        argument: "p_metadata",
+        reason: format!(
+            "must not be larger than {MOST_METADATA} bytes, together with what the session told before"
+        ),
+        hint: Some("Keep what is large elsewhere, and a reference to it here.".into()),
     })
 }
 
@@ -72,19 +95,25 @@ fn checked_lease(stale_after: Option<Interval>) -> Result<Option<Interval>> {
 }
 
 fn register(db: &Db<'_>, registration: Registration<'_>) -> Result<Jsonb> {
-    let caller = identity::caller()?;
+    let caller = identity::caller();
     let session_id = registration.session_id.to_owned();
     shared::note_acting_for(&session_id);
     let before = session::find(db, &session_id)?;
-    let is_others = before.as_ref().is_some_and(|session| session.owner_role != caller);
-    let privileged = is_others && grant::is_operator(db, caller)?;
+    // Whatever was found: another role may be registering it just now.
+    let privileged = grant::is_operator(db, caller)?;
+    if before.as_ref().is_none_or(Session::is_released)
+        && let Some(refusal) = quota::refuse_session(db, caller)?
+    {
+        return answer::<()>(Err(refusal));
+    }
     match session::register(db, registration, caller, privileged)? {
         Some(mut state) => {
+            check_size(&state.metadata)?;
             state.resumed = before.filter(|session| session.is_released()).map(|_| true);
             answer(Ok(state))
         }
         None => {
-            // The row is another role's; it may have come since it was looked for.
+            // The row is another role's.
             let owner_role =
                 session::find(db, &session_id)?.map_or(caller, |session| session.owner_role);
             Err(ClaimError::NotSessionOwner { session_id, owner_role, caller })
@@ -92,15 +121,52 @@ fn register(db: &Db<'_>, registration: Registration<'_>) -> Result<Jsonb> {
     }
 }
 
-#[pg_extern(volatile, parallel_unsafe, security_definer)]
-#[search_path(pg_catalog, pg_temp)]
+#[pg_extern(volatile, parallel_unsafe)]
 fn end_session(
     p_session_id: Option<&str>,
     p_reason: default!(Option<&str>, "'ended'"),
+    fcinfo: pg_sys::FunctionCallInfo,
 ) -> Result<Jsonb, ErrorReport> {
     let session_id = checked_id("p_session_id", p_session_id)?;
-    let reason = reason_or(p_reason, "ended");
-    Ok(Db::connect(|db| end(db, session_id, reason))?)
+    let reason = reason_or(p_reason, "ended")?;
+    Ok(Db::connect(running(fcinfo), |db| end(db, session_id, reason))?)
+}
+
+// The SQL is written out because pgrx has no name.
+#[pg_extern(sql = r#"
+CREATE FUNCTION assign_sessions(p_from name, p_to name)
+RETURNS jsonb
+LANGUAGE c VOLATILE PARALLEL UNSAFE
+AS '@MODULE_PATHNAME@', '@FUNCTION_NAME@';
+"#)]
+fn assign_sessions(
+    p_from: Option<&CStr>,
+    p_to: Option<&CStr>,
+    fcinfo: pg_sys::FunctionCallInfo,
+) -> Result<Jsonb, ErrorReport> {
+    let (from, from_name) = checked_role("p_from", p_from)?;
+    let (to, to_name) = checked_role("p_to", p_to)?;
+    let to = Role::named(to).ok_or_else(|| ClaimError::DirectWrite {
+        code: PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT,
+        message: format!("role \"{to_name}\" does not exist"),
+        detail: None,
+        hint: "Give p_to the name of the role that is to act for the sessions.",
+    })?;
+    let sessions = Db::connect(running(fcinfo), |db| {
+        session::assign(db, (Role::named(from), from_name), (to, to_name))
+    })?;
+    let answer = json!({ "success": true, "from": from_name, "to": to_name, "sessions": sessions });
+    Ok(super::json(&answer)?)
+}
+
+fn checked_role<'a>(argument: &'static str, name: Option<&'a CStr>) -> Result<(&'a CStr, &'a str)> {
+    name.and_then(|name| Some((name, name.to_str().ok()?))).ok_or_else(|| {
+        ClaimError::InvalidArgument {
+            argument,
+            reason: "must not be NULL".into(),
+            hint: Some("Give a role's name; p_from may be that of one that is gone.".into()),
+        }
+    })
 }
 
 fn end(db: &Db<'_>, session_id: &str, reason: &str) -> Result<Jsonb> {
@@ -118,10 +184,14 @@ fn end(db: &Db<'_>, session_id: &str, reason: &str) -> Result<Jsonb> {
             continue;
         }
         let (sd_id, claim_id) = (found.sd_id, found.claim_id);
-        if let Some(sd_id) = &sd_id {
+        if let Some((sd_id, claim_id)) = sd_id.as_ref().zip(claim_id) {
+            // Before the SD is locked, which they may come to need.
+            if guard::await_others(claim_id)? || session::await_writer(db, session_id)? {
+                continue;
+            }
             directive::lock(db, vec![sd_id.clone()])?;
         }
-        let unasked = identity::caller()? != found.owner_role;
+        let unasked = identity::caller() != found.owner_role;
         if let Some(mut state) = session::end(db, session_id, claim_id, reason, unasked)? {
             state.released_sd = sd_id;
             return answer(Ok(state));

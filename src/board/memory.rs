@@ -6,7 +6,7 @@
 
 use std::cell::Cell;
 use std::ffi::{CStr, c_void};
-use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU32, AtomicU64, Ordering};
 
 use pg_claims_core::board::{Entry, Key, Shelf};
 use pgrx::pg_sys;
@@ -21,7 +21,7 @@ pub(super) const NAME: &CStr = c"pg_claims board";
 
 /// Tells this version's memory from any other's: to be changed with whatever is said here of how the memory is
 /// divided, and with the fields of an entry.
-pub(super) const MAGIC: u64 = 0x7067_636c_6169_6d04;
+pub(super) const MAGIC: u64 = 0x7067_636c_6169_6d05;
 
 /// Entries for each session that the board is made for: half empty, each is found at once.
 const SPARSENESS: usize = 2;
@@ -37,6 +37,8 @@ struct Header {
     magic: AtomicU64,
     capacity: AtomicU64,
     refused: AtomicU64,
+    /// How many entries there are.
+    used: AtomicI64,
     shelves: AtomicU32,
     entries_per_shelf: AtomicU32,
     tranche: AtomicI32,
@@ -95,6 +97,8 @@ pub fn init() {
         }
         PRELOADED.set(true);
         if guc::max_sessions() == 0 {
+            // Or a later run would take it for its own.
+            saved::discard();
             return;
         }
         #[cfg(feature = "pg14")]
@@ -142,7 +146,7 @@ extern "C-unwind" fn startup_hook() {
         }
         BOARD.set(Board::at(memory));
         if !found {
-            BOARD.get().into_iter().for_each(saved::restore);
+            BOARD.get().into_iter().for_each(|board| saved::restore(board, saved::Start::Ahead));
             pg_sys::on_shmem_exit(Some(saved::when_server_ends), pg_sys::Datum::null());
         }
     }
@@ -229,6 +233,29 @@ impl Board {
     /// For how many sessions it was made.
     pub fn capacity(self) -> i64 {
         self.header.capacity.load(Ordering::Relaxed) as i64
+    }
+
+    /// The entry of `key` on `shelf`, which must be locked; made if there is none. `None` where there is no room: a shelf
+    /// is half empty when the board is full, so that each entry is found at once.
+    pub fn find_or_make<'s>(self, shelf: Shelf<'s>, key: &Key<'_>, hash: u32) -> Option<&'s Entry> {
+        if let Some(entry) = shelf.find(key, hash) {
+            return Some(entry);
+        }
+        let used = &self.header.used;
+        if used.fetch_add(1, Ordering::Relaxed) < self.capacity()
+            && let Some(entry) = shelf.find_or_make(key, hash)
+        {
+            return Some(entry);
+        }
+        used.fetch_sub(1, Ordering::Relaxed);
+        None
+    }
+
+    /// Takes the entry of `key` away from `shelf`, which must be locked.
+    pub fn remove(self, shelf: Shelf<'_>, key: &Key<'_>, hash: u32) {
+        if shelf.remove(key, hash) {
+            self.header.used.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 
     /// How many times it had no room.

@@ -7,6 +7,7 @@
 //! (`latest_heartbeat` in SQL). The worker writes the board to the table now and then.
 
 mod at_commit;
+mod control;
 mod memory;
 #[cfg(any(feature = "pg17", feature = "pg18"))]
 mod on_demand;
@@ -57,13 +58,18 @@ impl<'a> Place<'a> {
         Key { database: database(), table: self.table.to_u32(), session_id: self.session_id }
     }
 
-    /// Records a heartbeat of the session, on behalf of `owner`, while it holds `named` if that is given.
+    /// Records a heartbeat of the session, on behalf of `owner` if that is given, while it holds `named` if that is.
     /// Answers with the heartbeat that counts and what the session holds. `None` where only the table
     /// can tell.
-    pub fn beat(self, owner: pg_sys::Oid, named: Option<i64>, at: i64) -> Option<(i64, Held)> {
-        let key = self.key();
+    pub fn beat(
+        self,
+        owner: Option<pg_sys::Oid>,
+        named: Option<i64>,
+        at: i64,
+    ) -> Option<(i64, Held)> {
+        let (key, owner) = (self.key(), owner.map(pg_sys::Oid::to_u32));
         let board = Board::get()?;
-        board.shared(&key, |shelf, hash| shelf.find(&key, hash)?.beat(owner.to_u32(), named, at))
+        board.shared(&key, |shelf, hash| shelf.find(&key, hash)?.beat(owner, named, at))
     }
 
     /// The session's last heartbeat on the board.
@@ -84,7 +90,8 @@ impl<'a> Place<'a> {
         let key = self.key();
         let Some(board) = Board::get() else { return };
         let is_taken = board.exclusive(&key, |shelf, hash| {
-            shelf.find_or_make(&key, hash).is_some_and(|entry| entry.open(held, most_lag, at))
+            let entry = board.find_or_make(shelf, &key, hash);
+            entry.is_some_and(|entry| entry.open(held, most_lag, at))
         });
         if !is_taken {
             board.count_refused();
@@ -135,7 +142,9 @@ impl<'a> Place<'a> {
         let key = self.key();
         let Some(board) = Board::get() else { return };
         board.exclusive(&key, |shelf, hash| match shelf.find(&key, hash) {
-            Some(entry) if entry.is_closed() && entry.beat_at() <= at => shelf.remove(&key, hash),
+            Some(entry) if entry.is_closed() && entry.beat_at() <= at => {
+                board.remove(shelf, &key, hash);
+            }
             Some(entry) => entry.close(),
             None => {}
         });
@@ -145,7 +154,7 @@ impl<'a> Place<'a> {
     fn remove(self) {
         let key = self.key();
         let Some(board) = Board::get() else { return };
-        board.exclusive(&key, |shelf, hash| shelf.remove(&key, hash));
+        board.exclusive(&key, |shelf, hash| board.remove(shelf, &key, hash));
     }
 
     /// The table has the heartbeat `at`.
@@ -225,7 +234,7 @@ fn remove_where(is_gone: impl Fn(&Entry) -> bool) {
             .collect();
         for (database, table, session_id) in &gone {
             let key = Key { database: *database, table: *table, session_id };
-            shelf.remove(&key, key.hash());
+            board.remove(shelf, &key, key.hash());
         }
     });
 }
@@ -236,6 +245,18 @@ pub fn fullness() -> Option<Fullness> {
     let mut entries = 0;
     board.each_shared(|shelf| entries += shelf.entries().count() as i64);
     Some(Fullness { capacity: board.capacity(), entries, refused: board.refused() })
+}
+
+/// The sessions of `table` that the board answers for, each with the acquisition that it says they hold; 0 for none.
+pub fn open_sessions(table: pg_sys::Oid) -> Vec<(String, i64)> {
+    let mut found = Vec::new();
+    if let Some(board) = Board::get() {
+        board.each_shared(|shelf| {
+            let open = shelf.entries().filter(|entry| is_in(entry, table) && !entry.is_closed());
+            found.extend(open.map(|entry| (entry.session_id(), entry.claim_id())));
+        });
+    }
+    found
 }
 
 fn is_in(entry: &Entry, table: pg_sys::Oid) -> bool {

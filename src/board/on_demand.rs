@@ -157,6 +157,10 @@ unsafe extern "C-unwind" fn prepare_agreed(memory: *mut c_void) {
     };
     agreed.magic.store(memory::MAGIC, Ordering::Relaxed);
     agreed.sessions.store(guc::max_sessions() as u64, Ordering::Relaxed);
+    if guc::max_sessions() == 0 {
+        // Or a later run would take it for its own.
+        saved::discard();
+    }
 }
 
 #[pgrx::pg_guard]
@@ -168,7 +172,7 @@ unsafe extern "C-unwind" fn prepare_board(memory: *mut c_void) {
         memory::prepare(memory, Layout::for_sessions(sessions), sessions);
         Board::at(memory)
     };
-    board.into_iter().for_each(saved::restore);
+    board.into_iter().for_each(|board| saved::restore(board, saved::Start::Over));
     agreed.made.store(1, Ordering::Release);
 }
 

@@ -155,6 +155,11 @@ impl Entry {
         self.written_at.load(ORDER)
     }
 
+    /// The acquisition that its session holds, as far as the board knows; 0 for none.
+    pub fn claim_id(&self) -> i64 {
+        self.claim_id.load(ORDER)
+    }
+
     /// How many microseconds the table may be behind, by the session's own lease.
     pub fn most_lag(&self) -> i64 {
         self.most_lag.load(ORDER)
@@ -165,10 +170,11 @@ impl Entry {
         self.written_at.fetch_max(at.min(self.beat_at.load(ORDER)), ORDER);
     }
 
-    /// Records a heartbeat, which only moves forward, of a session of `owner`'s that holds `named`, if
-    /// that is given. `None` where the entry does not say so; then the table is to be asked.
-    pub fn beat(&self, owner: u32, named: Option<i64>, at: i64) -> Option<(i64, Held)> {
-        if self.state.load(ORDER) != OPEN || self.owner.load(ORDER) != owner {
+    /// Records a heartbeat, which only moves forward, of a session that is `owner`'s, if that is given, and
+    /// holds `named`, if that is. `None` where the entry does not say so; then the table is to be asked.
+    pub fn beat(&self, owner: Option<u32>, named: Option<i64>, at: i64) -> Option<(i64, Held)> {
+        let owned_by = self.owner.load(ORDER);
+        if self.state.load(ORDER) != OPEN || owner.is_some_and(|owner| owner != owned_by) {
             return None;
         }
         let claim_id = self.claim_id.load(ORDER);
@@ -178,7 +184,7 @@ impl Entry {
         }
         let at = self.beat_at.fetch_max(at, ORDER).max(at);
         let claim = (claim_id != 0).then(|| (self.sd_id.get(), claim_id));
-        Some((at, Held { owner, claim }))
+        Some((at, Held { owner: owned_by, claim }))
     }
 
     /// Opens the entry with what the table says, and records a heartbeat. False if that is too long to be
@@ -287,10 +293,10 @@ impl<'a> Shelf<'a> {
         Some(free)
     }
 
-    /// Takes the entry of `key` away, if there is one.
-    pub fn remove(self, key: &Key<'_>, hash: u32) {
+    /// Takes the entry of `key` away. Returns whether there was one.
+    pub fn remove(self, key: &Key<'_>, hash: u32) -> bool {
         let Some(mut hole) = self.position(key, hash) else {
-            return;
+            return false;
         };
         // Entries behind it that had to make way move up, so that none is cut off from its place.
         let length = self.0.len();
@@ -310,6 +316,7 @@ impl<'a> Shelf<'a> {
             }
         }
         self.0[hole].state.store(FREE, ORDER);
+        true
     }
 
     /// All entries.
@@ -369,18 +376,19 @@ mod tests {
         let entries = shelf(8);
         let shelf = Shelf(&entries);
         let entry = shelf.find_or_make(&key("s"), 3).unwrap();
-        assert_eq!(entry.beat(10, None, 100), None, "it was never opened");
+        assert_eq!(entry.beat(Some(10), None, 100), None, "it was never opened");
         let held = Held { owner: 10, claim: Some(("SD-日本-1".into(), 4)) };
         assert!(entry.open(&held, 7, 50));
-        assert_eq!(entry.beat(10, None, 100), Some((100, held.clone())));
-        assert_eq!(entry.beat(10, Some(4), 90), Some((100, held)));
-        assert_eq!(entry.beat(10, Some(5), 110), None, "another claim was named");
-        assert_eq!(entry.beat(11, None, 110), None, "another role");
+        assert_eq!(entry.beat(Some(10), None, 100), Some((100, held.clone())));
+        assert_eq!(entry.beat(Some(10), Some(4), 90), Some((100, held)));
+        assert_eq!(entry.beat(Some(10), Some(5), 110), None, "another claim was named");
+        assert_eq!(entry.beat(Some(11), None, 110), None, "another role");
+        assert_eq!(entry.beat(None, None, 95), entry.beat(Some(10), None, 95), "for whoever it is");
         assert_eq!((entry.beat_at(), entry.written_at()), (100, i64::MIN));
         assert!(entry.open(&idle(), 7, 50));
-        assert_eq!(entry.beat(10, Some(0), 100), None, "nobody holds claim 0");
+        assert_eq!(entry.beat(Some(10), Some(0), 100), None, "nobody holds claim 0");
         entry.close();
-        assert_eq!(entry.beat(10, None, 120), None);
+        assert_eq!(entry.beat(Some(10), None, 120), None);
         assert_eq!(entry.beat_at(), 100, "closing keeps the last heartbeat");
         entry.set_written(100);
         entry.set_written(60);
@@ -415,7 +423,7 @@ mod tests {
         let entry = shelf.find_or_make(&key(&longest), 0).unwrap();
         assert_eq!(entry.session_id(), longest);
         assert!(!entry.open(&Held { claim: Some(("y".repeat(201), 1)), ..idle() }, 7, 1));
-        assert_eq!(entry.beat(10, None, 5), None);
+        assert_eq!(entry.beat(Some(10), None, 5), None);
         assert!(shelf.find_or_make(&key("b"), 0).is_some());
         assert!(shelf.find_or_make(&key("c"), 0).is_none());
         shelf.remove(&key(&longest), 0);

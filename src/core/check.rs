@@ -17,6 +17,8 @@ const RECENT: TimeDelta = TimeDelta::hours(1);
 pub struct Facts {
     /// When they were gathered.
     pub at: DateTime<Utc>,
+    /// A trigger of an ordinary role's on one of the extension's tables, described.
+    pub foreign_code: Option<String>,
     /// Why the backlog cannot be used. What depends on it is not known then.
     pub unusable_backlog: Option<String>,
     /// Whether `pg_claims.worker` is on.
@@ -34,11 +36,16 @@ pub struct Facts {
     pub broken_tables: Vec<&'static str>,
     /// Tables of the extension's that are read or written by statements, as somebody has changed them.
     pub changed_tables: Vec<&'static str>,
+    /// What somebody has added to the tables of which pg_dump writes the rows alone, such as
+    /// `column "cost" of sd_claims`.
+    pub additions: Vec<String>,
     /// The oldest transaction that keeps old versions of rows, and its age.
     pub oldest: Option<(String, TimeDelta)>,
     /// How many SDs of which the backlog says something else than the sessions; `None` where that cannot be
     /// told.
     pub out_of_step: Option<i64>,
+    /// How many claims about which sessions, history and backlog disagree; `None` where that cannot be told.
+    pub contradictions: Option<usize>,
 }
 
 /// One thing that was looked at.
@@ -50,9 +57,23 @@ pub struct Check {
     pub trouble: Option<(String, &'static str)>,
 }
 
+const SECURITY: &str = "security";
+
+impl Check {
+    /// `ok`, `warning` or `critical`.
+    pub fn status(&self) -> &'static str {
+        match &self.trouble {
+            None => "ok",
+            Some(_) if self.name == SECURITY => "critical",
+            Some(_) => "warning",
+        }
+    }
+}
+
 /// Judges the facts, in the same order always; leaves out what could not be looked at.
 pub fn checks(facts: &Facts) -> Vec<Check> {
     let checks = [
+        (SECURITY, Some(security(facts))),
         ("backlog", Some(backlog(facts))),
         ("tables", Some(tables(facts))),
         ("worker", Some(worker(facts))),
@@ -62,13 +83,37 @@ pub fn checks(facts: &Facts) -> Vec<Check> {
         ("direct_access", Some(direct_access(facts))),
         ("old_transactions", Some(old_transactions(facts))),
         ("is_working_on", facts.out_of_step.map(is_working_on)),
+        ("contradictions", facts.contradictions.map(contradictions)),
     ];
     let check =
         |(name, looked): (_, Option<Trouble>)| looked.map(|trouble| Check { name, trouble });
-    checks.into_iter().filter_map(check).collect()
+    checks.into_iter().filter_map(check).chain(additions(facts)).collect()
+}
+
+/// One for each thing, or one that tells that there is none.
+fn additions(facts: &Facts) -> Vec<Check> {
+    let check = |trouble| Check { name: "dump_and_restore", trouble };
+    if facts.additions.is_empty() {
+        return vec![check(None)];
+    }
+    let told = facts.additions.iter().map(|what| {
+        (
+            format!("would not survive a restore: {what}"),
+            "pg_dump writes only the rows of an extension's tables. A trigger, an index or a constraint is to be made again after a restore; a column must not be there, as its table's rows could not be restored: keep such data in a table of your own.",
+        )
+    });
+    told.map(|trouble| check(Some(trouble))).collect()
 }
 
 type Trouble = Option<(String, &'static str)>;
+
+fn security(facts: &Facts) -> Trouble {
+    let code = facts.foreign_code.as_ref()?;
+    Some((
+        format!("a security fault: until it is mended the functions refuse to write: {code}"),
+        "It would run with the rights of the extension's owner. Drop it, and take the privileges TRIGGER and REFERENCES on the extension's tables from whoever made it.",
+    ))
+}
 
 fn backlog(facts: &Facts) -> Trouble {
     let error = facts.unusable_backlog.clone()?;
@@ -148,6 +193,15 @@ fn old_transactions(facts: &Facts) -> Trouble {
     })
 }
 
+fn contradictions(count: usize) -> Trouble {
+    (count > 0).then(|| {
+        (
+            format!("claims about which sessions, history and backlog disagree: {count}"),
+            "Somebody has written past the triggers. The worker settles it; coordination_repair(false) does so at once.",
+        )
+    })
+}
+
 fn is_working_on(out_of_step: i64) -> Trouble {
     (out_of_step > 0).then(|| {
         (
@@ -173,6 +227,7 @@ mod tests {
     fn well() -> Facts {
         Facts {
             at: DateTime::from_timestamp(1_000_000, 0).unwrap(),
+            foreign_code: None,
             unusable_backlog: None,
             is_worker_on: true,
             reap_interval: TimeDelta::seconds(10),
@@ -181,8 +236,10 @@ mod tests {
             last_error: None,
             board: Some(Fullness { capacity: 16, entries: 1, refused: 0 }),
             changed_tables: Vec::new(),
+            additions: Vec::new(),
             oldest: Some(("process 7".into(), LONG_TRANSACTION)),
             out_of_step: Some(0),
+            contradictions: Some(0),
         }
     }
 
@@ -194,9 +251,9 @@ mod tests {
     #[test]
     fn all_is_well() {
         assert!(troubles(&well()).is_empty());
-        assert_eq!(checks(&well()).len(), 9);
-        let blind = Facts { due: None, out_of_step: None, ..well() };
-        assert_eq!(checks(&blind).len(), 7);
+        assert_eq!(checks(&well()).len(), 12);
+        let blind = Facts { due: None, out_of_step: None, contradictions: None, ..well() };
+        assert_eq!(checks(&blind).len(), 9);
     }
 
     #[test]
@@ -204,6 +261,7 @@ mod tests {
         let at = well().at;
         let second = TimeDelta::seconds(1);
         let cases = [
+            ("security", Facts { foreign_code: Some("x".into()), ..well() }),
             ("backlog", Facts { unusable_backlog: Some("no".into()), ..well() }),
             ("tables", Facts { broken_tables: vec!["sd_holds"], ..well() }),
             ("worker", Facts { is_worker_on: false, ..well() }),
@@ -220,10 +278,14 @@ mod tests {
                 Facts { oldest: Some(("x".into(), LONG_TRANSACTION + second)), ..well() },
             ),
             ("is_working_on", Facts { out_of_step: Some(1), ..well() }),
+            ("contradictions", Facts { contradictions: Some(1), ..well() }),
+            ("dump_and_restore", Facts { additions: vec!["x".into()], ..well() }),
         ];
         for (name, facts) in cases {
             assert_eq!(troubles(&facts), [name]);
         }
+        let two = Facts { additions: vec!["x".into(), "y".into()], ..well() };
+        assert_eq!(troubles(&two), ["dump_and_restore"; 2], "each by itself");
         let patient = [
             Facts { due: Some((1, TimeDelta::seconds(30))), ..well() },
             Facts { last_error: Some((at - RECENT, "no".into())), ..well() },

@@ -5,8 +5,11 @@
 //! it. The frontier remembers each number that it passed without seeing it, until it appears or
 //! until every transaction that can have drawn it has ended.
 //!
-//! It relies on one thing: a transaction has its transaction id before it draws a number. An event
-//! is recorded after the change that it tells of, so that is so.
+//! It relies on one thing: a transaction has its transaction id before it draws a number, and draws none
+//! that it does not use at once. Whoever draws them sees to that.
+//!
+//! Numbers jump when a server begins to accept writes (see `numbers`). That leaves one great gap, which
+//! is given up like any other; to look into it for what has appeared costs as much as into a small one.
 
 /// Successive numbers that were passed over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -20,6 +20,9 @@ pub enum IdRule {
     /// The argument held a control character (a line break, a tab, an escape, …).
     #[error("must not contain control characters")]
     ControlCharacter,
+    /// The argument held a character that turns the direction of writing, and so makes one id look like another.
+    #[error("must not contain characters that turn the direction of writing")]
+    BidirectionalControl,
 }
 
 /// Accepts an id, or says which rule it breaks.
@@ -37,11 +40,19 @@ pub fn check(id: Option<&str>) -> Result<&str, IdRule> {
     if id.chars().any(char::is_control) {
         return Err(IdRule::ControlCharacter);
     }
+    if !id.is_ascii() && id.chars().any(turns_direction) {
+        return Err(IdRule::BidirectionalControl);
+    }
     // Bytes bound characters from above: the count is only needed for the few long ones.
     if id.len() > MAX_ID_CHARACTERS && id.chars().count() > MAX_ID_CHARACTERS {
         return Err(IdRule::TooLong);
     }
     Ok(id)
+}
+
+/// Whether a character turns the direction of writing.
+pub fn turns_direction(c: char) -> bool {
+    matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 #[cfg(test)]
@@ -56,6 +67,9 @@ mod tests {
         }
         for control in ["a\nb", "\u{1b}[31m", "a\u{0}", "\u{7f}x", "x\u{85}y"] {
             assert_eq!(check(Some(control)), Err(IdRule::ControlCharacter), "{control:?}");
+        }
+        for turned in ["a\u{202e}b", "\u{2066}x", "x\u{200f}", "x\u{61c}y"] {
+            assert_eq!(check(Some(turned)), Err(IdRule::BidirectionalControl), "{turned:?}");
         }
         assert_eq!(check(Some(&"x".repeat(201))), Err(IdRule::TooLong));
     }

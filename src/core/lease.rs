@@ -20,8 +20,8 @@ pub struct Rules {
     pub reclaim_delay: TimeDelta,
     /// How old a claim may grow, however alive its session is.
     pub max_claim_age: Option<TimeDelta>,
-    /// Since when the server has been accepting writes. Before that nobody could beat, so nobody's
-    /// lease ends sooner than one lease after it.
+    /// Since when the server has been accepting writes and the database has been in use. Before that nobody
+    /// could beat, so nobody's lease ends sooner than one lease after it.
     pub in_service_since: Option<DateTime<Utc>>,
 }
 

@@ -16,6 +16,7 @@ pub mod lease;
 pub mod listing;
 pub mod manager;
 pub mod notice;
+pub mod numbers;
 pub mod outcome;
 pub mod priority;
 pub mod queue;

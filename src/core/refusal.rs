@@ -89,6 +89,15 @@ pub enum Refusal {
         /// The session.
         session_id: String,
     },
+    /// The role has as many sessions or claims as it may have.
+    QuotaReached {
+        /// The role.
+        role: String,
+        /// How many they are.
+        limit: i32,
+        /// Of what.
+        quota: Quota,
+    },
     /// The acquisition that the caller named is no longer the session's.
     ClaimLost {
         /// The session.
@@ -98,6 +107,45 @@ pub enum Refusal {
         /// What became of it; `None` when it never was this session's.
         lost: Option<LostClaim>,
     },
+}
+
+/// What a role may have only so many of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Quota {
+    /// Sessions that have not ended.
+    Sessions,
+    /// SDs that its sessions hold.
+    Claims,
+}
+
+impl Quota {
+    /// What is counted.
+    pub fn what(self) -> &'static str {
+        match self {
+            Self::Sessions => "sessions that have not ended",
+            Self::Claims => "claimed SDs",
+        }
+    }
+
+    /// The setting that says how many.
+    pub fn setting(self) -> &'static str {
+        match self {
+            Self::Sessions => "pg_claims.max_sessions_per_role",
+            Self::Claims => "pg_claims.max_claims_per_role",
+        }
+    }
+
+    /// What to do where it is reached.
+    pub fn hint(self) -> &'static str {
+        match self {
+            Self::Sessions => {
+                "End sessions that are over with end_session(); a superuser raises the quota by pg_claims.max_sessions_per_role, 0 turns it off."
+            }
+            Self::Claims => {
+                "Release an SD first; a superuser raises the quota by pg_claims.max_claims_per_role, 0 turns it off."
+            }
+        }
+    }
 }
 
 impl Refusal {
@@ -116,6 +164,7 @@ impl Refusal {
             Self::NotHeld { .. } => "not_held",
             Self::SdBusy { .. } => "sd_busy",
             Self::QueueEmpty { .. } => "queue_empty",
+            Self::QuotaReached { .. } => "quota_reached",
             Self::NoClaim { .. } => "no_claim",
             Self::ClaimLost { .. } => "claim_lost",
         }
@@ -141,6 +190,8 @@ struct RefusalJson<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     claim_id: Option<i64>,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    quota: Option<QuotaJson<'a>>,
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
     owner: Option<OwnerJson<'a>>,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     hold: Option<&'a Hold>,
@@ -148,6 +199,13 @@ struct RefusalJson<'a> {
     conflict: Option<&'a Conflict>,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     shortage: Option<&'a Shortage>,
+}
+
+#[derive(Serialize)]
+struct QuotaJson<'a> {
+    role: &'a str,
+    limit: i32,
+    setting: &'static str,
 }
 
 #[derive(Serialize)]
@@ -183,12 +241,16 @@ impl Serialize for Refusal {
             status: None,
             lost_claim: None,
             claim_id: None,
+            quota: None,
             owner: None,
             hold: None,
             conflict: None,
             shortage: None,
         };
         match self {
+            Self::QuotaReached { role, limit, quota } => {
+                json.quota = Some(QuotaJson { role, limit: *limit, setting: quota.setting() });
+            }
             Self::AlreadyClaimed { sd_id, owner } => {
                 json.sd_id = Some(sd_id);
                 json.claim_id = Some(owner.claim_id);

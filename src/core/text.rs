@@ -2,18 +2,23 @@
 
 use chrono::{DateTime, Utc};
 
-use crate::age;
 use crate::outcome::{Claimed, Owner};
 use crate::refusal::Refusal;
+use crate::{age, id};
 
 /// What a field reads as when the session never told.
 const UNKNOWN: &str = "unknown";
 
-/// One line that says why a request was refused.
+/// One line that says why a request was refused, clean whatever is stored.
 pub fn message(refusal: &Refusal) -> String {
+    clean(&reason(refusal))
+}
+
+fn reason(refusal: &Refusal) -> String {
     match refusal {
         Refusal::AlreadyClaimed { sd_id, owner } => format!(
-            "{sd_id} is already claimed by {} (heartbeat {}, {}host {})",
+            "{} is already claimed by {} (heartbeat {}, {}host {})",
+            printable(sd_id),
             owner.session_id,
             age::human(owner.heartbeat_age),
             waiting(owner).map(|(name, what)| format!("{name} {what}, ")).unwrap_or_default(),
@@ -27,7 +32,12 @@ pub fn message(refusal: &Refusal) -> String {
             format!("session \"{session_id}\" is being written by another transaction")
         }
         Refusal::SdNotFound { sd_id } => format!("the backlog has no SD \"{sd_id}\""),
-        Refusal::SdTerminalStatus { sd_id, status } => format!("{sd_id} is {status}"),
+        Refusal::SdTerminalStatus { sd_id, status } => {
+            format!("{sd_id} is {}", printable(status))
+        }
+        Refusal::QuotaReached { role, limit, quota } => {
+            format!("role \"{role}\" has {limit} {}, which is its quota", quota.what())
+        }
         Refusal::Held { sd_id, hold } => {
             format!("{sd_id} is held by {}: {}", hold.held_by, printable(&hold.reason))
         }
@@ -54,6 +64,7 @@ pub fn hint(refusal: &Refusal) -> Option<&'static str> {
         Refusal::AlreadyClaimed { .. } => Some(
             "Work on another SD, or try again: the claim ends by release_sd() or when its session goes stale.",
         ),
+        Refusal::QuotaReached { quota, .. } => Some(quota.hint()),
         Refusal::SessionNotFound { .. } => Some("Call register_session() first."),
         Refusal::SessionReleased { .. } => {
             Some("Call register_session() to bring the session back.")
@@ -90,23 +101,23 @@ pub fn hint(refusal: &Refusal) -> Option<&'static str> {
 /// The text that a person sees after a granted claim.
 pub fn claimed(claim: &Claimed, title: Option<&str>) -> String {
     let mut text = if claim.already_owned {
-        format!("✅ {} is already yours", claim.sd_id)
+        format!("✅ {} is already yours", printable(&claim.sd_id))
     } else {
-        format!("✅ {} is claimed", claim.sd_id)
+        format!("✅ {} is claimed", printable(&claim.sd_id))
     };
     let mut line = |name: &str, value: &str| {
         text.push_str("\n   ");
         text.push_str(name);
         text.push_str(": ");
-        text.push_str(value);
+        text.push_str(&printable(value));
     };
     if let Some(title) = title {
-        line("Title", &printable(title));
+        line("Title", title);
     }
     line("Session", &claim.session_id);
     line("Claim", &claim.claim_id.to_string());
     if let Some(track) = &claim.track {
-        line("Track", &printable(track));
+        line("Track", track);
     }
     if let Some(released) = &claim.released_sd {
         line("Released", released);
@@ -133,8 +144,9 @@ pub fn refused(refusal: &Refusal) -> String {
 
 fn already_claimed(sd_id: &str, owner: &Owner) -> String {
     let mut text = format!(
-        "❌ {sd_id} is already claimed\n   Session: {}\n   Heartbeat: {}\n   Hostname: {}\n   TTY: {}",
-        owner.session_id,
+        "❌ {} is already claimed\n   Session: {}\n   Heartbeat: {}\n   Hostname: {}\n   TTY: {}",
+        printable(sd_id),
+        printable(&owner.session_id),
         age::human(owner.heartbeat_age),
         told(&owner.hostname),
         told(&owner.tty),
@@ -163,14 +175,40 @@ pub fn told(fact: &Option<String>) -> String {
     fact.as_deref().map_or_else(|| UNKNOWN.into(), printable)
 }
 
-/// The text without characters that could forge lines or steer the reader's terminal.
+/// So much of a text is shown to people, in characters; what is longer is cut.
+pub const MOST_SHOWN: usize = 1000;
+
+/// The text as people may see it: on one line, without characters that could forge lines, steer the reader's terminal or
+/// hide, and not longer than [`MOST_SHOWN`].
 pub fn printable(text: &str) -> String {
-    let steers = |c: char| {
-        c.is_control()
-            // Line and paragraph separators, and what turns the direction of writing.
-            || matches!(c, '\u{2028}' | '\u{2029}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-    };
-    text.chars().map(|c| if steers(c) { '\u{fffd}' } else { c }).collect()
+    let mut characters = text.chars();
+    let mut shown: String = characters.by_ref().take(MOST_SHOWN).map(cleaned).collect();
+    if characters.next().is_some() {
+        shown.push('…');
+    }
+    shown
+}
+
+/// The same for a text of ours whose parts are no longer than that.
+fn clean(text: &str) -> String {
+    text.chars().map(cleaned).collect()
+}
+
+fn cleaned(c: char) -> char {
+    if steers(c) || hides(c) { '\u{fffd}' } else { c }
+}
+
+fn steers(c: char) -> bool {
+    // The last two separate lines and paragraphs.
+    c.is_control() || id::turns_direction(c) || matches!(c, '\u{2028}' | '\u{2029}')
+}
+
+/// Whether a character takes no room: zero-width spaces and joiners, soft hyphens, annotations, tags.
+fn hides(c: char) -> bool {
+    matches!(c,
+        '\u{ad}' | '\u{34f}' | '\u{115f}' | '\u{1160}' | '\u{180b}'..='\u{180f}'
+        | '\u{200b}'..='\u{200d}' | '\u{2060}'..='\u{2065}' | '\u{206a}'..='\u{206f}' | '\u{3164}'
+        | '\u{feff}' | '\u{ffa0}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
 }
 
 #[cfg(test)]
@@ -216,6 +254,35 @@ mod tests {
         let text = refused_by(forger);
         assert_eq!(text.lines().count(), 5, "{text}");
         assert!(!text.contains('\u{1b}'));
+    }
+
+    #[test]
+    fn what_turns_hides_or_never_ends_is_not_shown() {
+        assert_eq!(
+            printable("a\u{202e}b\u{200b}c\u{2028}d\u{1b}[2Je\u{feff}"),
+            "a\u{fffd}b\u{fffd}c\u{fffd}d\u{fffd}[2Je\u{fffd}"
+        );
+        assert_eq!(printable("naïve 漢字 ✅"), "naïve 漢字 ✅");
+        assert_eq!(printable(&"x".repeat(1001)).chars().count(), 1001);
+        assert!(printable(&"x".repeat(1001)).ends_with("x…"));
+        for refusal in [
+            Refusal::SdTerminalStatus {
+                sd_id: "S\u{1b}[1m".into(),
+                status: "\u{202e}done\n".into(),
+            },
+            Refusal::Held {
+                sd_id: "S\n".into(),
+                hold: crate::outcome::Hold {
+                    reason: "\u{1b}]0;x".into(),
+                    held_by: "o\n".into(),
+                    held_at: DateTime::UNIX_EPOCH,
+                },
+            },
+        ] {
+            let text = refused(&refusal);
+            assert!(text.lines().count() <= 2, "{text:?}");
+            assert!(!text.replace('\n', "").chars().any(|c| steers(c) || hides(c)), "{text:?}");
+        }
     }
 
     #[test]

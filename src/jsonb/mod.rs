@@ -23,6 +23,11 @@ impl Jsonb {
         encode::encode(value).map(Self)
     }
 
+    /// How many bytes it takes.
+    pub fn size(&self) -> usize {
+        self.0.len()
+    }
+
     /// Whether it is an object.
     pub fn is_object(&self) -> bool {
         layout::is_object(&self.0)

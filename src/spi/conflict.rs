@@ -1,5 +1,7 @@
 //! Pairs of SDs that must not be worked on at once.
 
+use std::cell::RefCell;
+
 use pg_claims_core::outcome::Conflict;
 use pgrx::pg_sys::BuiltinOid::TEXTOID;
 
@@ -8,6 +10,7 @@ use super::row::Row;
 use super::statement::{Db, Statement};
 use super::table::layout::conflicts as column;
 use super::table::{Key, Name, Snapshot, Table, TableRow};
+use super::wait;
 use crate::error::Result;
 use crate::identity;
 
@@ -33,6 +36,23 @@ pub fn any(db: &Db<'_>, snapshot: &Snapshot, sd_id: &str) -> Result<bool> {
         .any(|side| table.find_where(snapshot, side, key, is_blocking).is_some()))
 }
 
+/// The numbers of the SD's blocking conflicts that are in force.
+pub fn open_pairs(db: &Db<'_>, snapshot: &Snapshot, sd_id: &str) -> Result<Vec<i64>> {
+    let table = Table::to_read(db, Name::Conflicts)?;
+    let found = RefCell::new(Vec::new());
+    for side in [column::OPEN_BY_SD_A, column::OPEN_BY_SD_B] {
+        table.find_where(snapshot, side, Key::Text(sd_id), |row| {
+            if row.says(column::SEVERITY, "blocking") {
+                found.borrow_mut().extend(row.bigint(column::CONFLICT_ID).ok().flatten());
+            }
+            false
+        });
+    }
+    let mut found = found.into_inner();
+    found.sort_unstable();
+    Ok(found)
+}
+
 /// Enters the SD's pairs, waiting for whoever is in one or (`SKIP LOCKED`) passing it by.
 ///
 /// Two claims of one pair meet at its row: the second one waits for the first, and under REPEATABLE READ
@@ -55,8 +75,7 @@ static ENTER: Statement = Statement::new(|c| enter_pairs(c, "", "true"), &[TEXTO
 
 /// Excludes concurrent claims on what the SD is in conflict with, until the transaction ends.
 pub fn enter(db: &Db<'_>, sd_id: &str) -> Result<()> {
-    db.run(&ENTER, &[sd_id.into()])?;
-    Ok(())
+    wait::giving_way_unless_guarding(|| db.run(&ENTER, &[sd_id.into()]).map(|_| ()))
 }
 
 static TRY_ENTER: Statement = Statement::new(
@@ -123,7 +142,7 @@ pub fn declare(db: &Db<'_>, pair: (&str, &str), kind: &str, severity: &str) -> R
         pair.1.into(),
         kind.into(),
         severity.into(),
-        identity::caller()?.name().into(),
+        identity::caller().name().into(),
     ];
     db.run(&DECLARE, &arguments)?;
     Ok(())
@@ -144,6 +163,6 @@ static RESOLVE: Statement = Statement::new(
 
 /// Ends the conflict of a pair. False where there is none.
 pub fn resolve(db: &Db<'_>, pair: (&str, &str)) -> Result<bool> {
-    let arguments = [pair.0.into(), pair.1.into(), identity::caller()?.name().into()];
+    let arguments = [pair.0.into(), pair.1.into(), identity::caller().name().into()];
     Ok(db.first_row(&RESOLVE, &arguments)?.is_some())
 }

@@ -5,9 +5,10 @@ use std::ffi::CString;
 use chrono::TimeDelta;
 use pgrx::pg_sys::BuiltinOid::{FLOAT8OID, INT8OID, JSONBOID, TEXTOID};
 
+use super::numbers::{self, Kind};
 use super::statement::{Db, Statement};
 use super::table::layout::events as column;
-use super::table::{Name, NewRow, Table, next_value};
+use super::table::{Name, NewRow, Table};
 use super::time;
 use crate::error::{ClaimError, Result};
 use crate::identity;
@@ -26,6 +27,7 @@ pub enum EventType {
     Stale,
     Reaped,
     MaxAgeWarning,
+    Repaired,
     Ended,
 }
 
@@ -42,6 +44,7 @@ impl EventType {
             Self::Stale => "stale",
             Self::Reaped => "reaped",
             Self::MaxAgeWarning => "max_age_warning",
+            Self::Repaired => "repaired",
             Self::Ended => "ended",
         }
     }
@@ -64,12 +67,12 @@ static RECORD: Statement = Statement::new(
     |c| {
         format!(
             "INSERT INTO {}.session_lifecycle_events
-                    (event_type, session_id, sd_id, claim_id, actor, reason, held_seconds, detail)
-             VALUES ($1, $2, $3, $4, $5::name, $6, pg_catalog.round($7::numeric, 3), $8)",
+                    (event_type, session_id, sd_id, claim_id, actor, reason, held_seconds, detail, event_id)
+             VALUES ($1, $2, $3, $4, $5::name, $6, pg_catalog.round($7::numeric, 3), $8, $9)",
             c.schema
         )
     },
-    &[TEXTOID, TEXTOID, TEXTOID, INT8OID, TEXTOID, TEXTOID, FLOAT8OID, JSONBOID],
+    &[TEXTOID, TEXTOID, TEXTOID, INT8OID, TEXTOID, TEXTOID, FLOAT8OID, JSONBOID, INT8OID],
 );
 
 /// Records an event as done by the calling role, at this moment.
@@ -86,24 +89,22 @@ pub fn record(db: &Db<'_>, event: Event<'_>) -> Result<()> {
             event.session_id.into(),
             event.sd_id.into(),
             event.claim_id.into(),
-            identity::caller()?.name().into(),
+            identity::caller().name().into(),
             event.reason.into(),
             event.held.map(pg_claims_core::age::seconds).into(),
             Jsonb::of(&event.detail)?.into(),
+            numbers::next(db, Kind::Event)?.into(),
         ],
     )?;
     Ok(())
 }
 
 fn record_directly(db: &Db<'_>, table: &Table, event: Event<'_>) -> Result<()> {
-    let actor = CString::new(identity::caller()?.name())
+    let actor = CString::new(identity::caller().name())
         .map_err(|_| ClaimError::Corrupt { what: "pg_authid" })?;
     table.insert(
         &NewRow::default()
-            .set(
-                column::EVENT_ID,
-                next_value(db.catalog()?.event_ids, "session_lifecycle_events.event_id")?,
-            )
+            .set(column::EVENT_ID, numbers::next(db, Kind::Event)?)
             .set(column::EVENT_TYPE, event.event_type.name())
             .set(column::SESSION_ID, event.session_id)
             .set(column::SD_ID, event.sd_id)

@@ -5,7 +5,7 @@ use pgrx::pg_sys::BuiltinOid::OIDOID;
 use super::row::Row;
 use super::statement::{Db, Statement};
 use crate::error::{ClaimError, Result};
-use crate::identity::Role;
+use crate::identity::{self, Role};
 
 /// How much of the coordination a role may do; each level includes those before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -58,6 +58,7 @@ const RELATIONS: &[(Level, &[&str])] = &[
             "sd_holds",
             "lifecycle_event_positions",
             "event_frontier",
+            "installation",
             "heartbeat_connections",
             "worker_health",
             "directive_binding",
@@ -65,8 +66,11 @@ const RELATIONS: &[(Level, &[&str])] = &[
     ),
 ];
 
-/// What an operator may do with the extension's own backlog.
-const BACKLOG: &str = "SELECT, INSERT, UPDATE, DELETE";
+/// The extension's own backlog.
+const OWN_BACKLOG: &str = "strategic_directives_v2";
+
+/// What an operator may do with it.
+const BACKLOG: &[&str] = &["SELECT", "INSERT", "UPDATE", "DELETE"];
 
 /// The functions that each level may call. Whoever reads a view is asked by the server for the
 /// privilege on the functions behind it.
@@ -121,47 +125,234 @@ const FUNCTIONS: &[(Level, &[&str])] = &[
             "hold_sd",
             "unhold_sd",
             "takeover_sd",
+            "assign_sessions",
             "guard_table",
             "unguard_table",
             "coordination_check",
+            "coordination_repair",
             "cleanup_stale_sessions",
             "prune_history",
+            "advance_numbers",
         ],
     ),
 ];
 
-/// Gives `role` exactly `level`.
-pub fn set_level(db: &Db<'_>, role: &str, level: Level) -> Result<()> {
+/// What a change of level came to.
+#[derive(Debug, Default)]
+pub struct Changed {
+    /// What the role had beyond the level, and has not any more.
+    pub revoked: Vec<String>,
+    /// What it still has beyond the level, as somebody else has granted it, or the schema holds more than the extension.
+    pub left: Vec<String>,
+}
+
+/// A privilege that a role has on something.
+struct Held {
+    /// `TABLE`, `SEQUENCE` or `FUNCTION`.
+    kind: String,
+    /// Its name or signature, quoted.
+    object: String,
+    /// Its bare name.
+    name: String,
+    /// With a column's name where it is for that alone.
+    privilege: String,
+    /// May be passed on.
+    is_grantable: bool,
+}
+
+/// What a level has on one of the extension's objects.
+fn privileges_of(level: Level, kind: &str, name: &str) -> &'static [&'static str] {
+    let is_in = |all: &[(Level, &[&str])]| {
+        all.iter().any(|(needed, names)| level >= *needed && names.contains(&name))
+    };
+    match kind {
+        "FUNCTION" if is_in(FUNCTIONS) => &["EXECUTE"],
+        "TABLE" if name == OWN_BACKLOG && level >= Level::Operator => BACKLOG,
+        "TABLE" if is_in(RELATIONS) => &["SELECT"],
+        _ => &[],
+    }
+}
+
+impl Held {
+    fn is_of(&self, level: Level) -> bool {
+        privileges_of(level, &self.kind, &self.name).contains(&&*self.privilege)
+    }
+
+    fn told(&self) -> String {
+        let option = if self.is_grantable { " WITH GRANT OPTION" } else { "" };
+        format!("{} ON {} {}{option}", self.privilege, self.kind, self.object)
+    }
+}
+
+/// Gives `role` exactly `level`: what else it has on the extension's objects is taken back.
+pub fn set_level(db: &Db<'_>, role: &str, level: Level) -> Result<Changed> {
+    check_may_grant()?;
     let schema = db.catalog()?.schema.clone();
     let role = quoted_role(db, role)?;
-    let change = |privilege: &str, kind: &str, object: &str, granted: bool| -> Result<()> {
+    let mut changed = Changed::default();
+    for held in held(db, &role)? {
+        if held.is_of(level) && !held.is_grantable {
+            continue;
+        }
+        let option = if held.is_of(level) { "GRANT OPTION FOR " } else { "" };
         // What the role has passed on goes as well.
-        let (verb, to, rest) =
-            if granted { ("GRANT", "TO", "") } else { ("REVOKE", "FROM", " CASCADE") };
-        db.run_once(&format!("{verb} {privilege} ON {kind} {object} {to} {role}{rest}"), &[])?;
-        Ok(())
-    };
-    // The schema is left usable on 'none': it may be public, or hold more than this extension.
+        db.run_once(
+            &format!(
+                "REVOKE {option}{} ON {} {} FROM {role} CASCADE",
+                held.privilege, held.kind, held.object
+            ),
+            &[],
+        )?;
+        changed.revoked.push(held.told());
+    }
+    for (kind, object, name) in objects(db)? {
+        for privilege in privileges_of(level, &kind, &name) {
+            db.run_once(&format!("GRANT {privilege} ON {kind} {object} TO {role}"), &[])?;
+        }
+    }
+    changed.left = held(db, &role)?
+        .into_iter()
+        .filter(|held| !held.is_of(level) || held.is_grantable)
+        .map(|held| held.told())
+        .collect();
+    changed.revoked.retain(|revoked| !changed.left.contains(revoked));
     if level > Level::None {
-        change("USAGE", "SCHEMA", &schema, true)?;
+        db.run_once(&format!("GRANT USAGE ON SCHEMA {schema} TO {role}"), &[])?;
     }
-    for (needed, relations) in RELATIONS {
-        for relation in *relations {
-            change("SELECT", "TABLE", &format!("{schema}.{relation}"), level >= *needed)?;
+    // The schema may be public, or hold more than this extension.
+    let is_taken_back = level == Level::None && !is_schema_shared(db)?;
+    for privilege in on_schema(db, &role)? {
+        if level > Level::None && privilege == "USAGE" {
+            continue;
+        }
+        if is_taken_back {
+            db.run_once(
+                &format!("REVOKE {privilege} ON SCHEMA {schema} FROM {role} CASCADE"),
+                &[],
+            )?;
+        } else {
+            changed.left.push(format!("{privilege} ON SCHEMA {schema}"));
         }
     }
-    if let Some(backlog) = db.catalog()?.own_backlog {
-        let name = db.run_once("SELECT $1::regclass::text", &[backlog.into()])?.first();
-        let name = name.required_text(1, "strategic_directives_v2")?;
-        change(BACKLOG, "TABLE", &name, level >= Level::Operator)?;
+    Ok(changed)
+}
+
+/// Only those who have the rights of the extension's owner, which are those of the moment, grant levels. That somebody may
+/// call the function says little: a GRANT on all functions of a schema is easily given.
+fn check_may_grant() -> Result<()> {
+    let caller = identity::caller();
+    if identity::current().is_had_by(caller) {
+        Ok(())
+    } else {
+        Err(ClaimError::MayNotGrant { caller })
     }
-    for (needed, functions) in FUNCTIONS {
-        for function in *functions {
-            // No function of the extension's is overloaded, so the name says it all.
-            change("EXECUTE", "FUNCTION", &format!("{schema}.{function}"), level >= *needed)?;
-        }
+}
+
+/// Each of the extension's tables, views, sequences and functions: its kind, its quoted name or signature, its bare
+/// name. By what belongs to the extension: others may have functions of the same name.
+fn objects(db: &Db<'_>) -> Result<Vec<(String, String, String)>> {
+    let mut rows = db.run_once(
+        &format!("{OBJECTS} SELECT kind, object, name FROM objects ORDER BY 1, 2"),
+        &[db.catalog()?.extension.into()],
+    )?;
+    let mut found = Vec::new();
+    while rows.next().is_some() {
+        found.push((
+            rows.required_text(1, "pg_depend")?,
+            rows.required_text(2, "pg_depend")?,
+            rows.required_text(3, "pg_depend")?,
+        ));
     }
-    Ok(())
+    Ok(found)
+}
+
+const OBJECTS: &str = "
+    WITH members AS (
+         SELECT classid, objid FROM pg_catalog.pg_depend
+          WHERE refclassid = 'pg_catalog.pg_extension'::pg_catalog.regclass AND refobjid = $1
+            AND deptype = 'e'),
+    objects AS (
+         SELECT CASE c.relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END AS kind,
+                c.oid::pg_catalog.regclass::text AS object, c.relname::text AS name, c.relowner AS owner,
+                c.relacl AS acl, c.oid AS relation
+           FROM members m
+           JOIN pg_catalog.pg_class c ON c.oid = m.objid AND c.relkind IN ('r', 'v', 'S')
+          WHERE m.classid = 'pg_catalog.pg_class'::pg_catalog.regclass
+          UNION ALL
+         SELECT 'FUNCTION', p.oid::pg_catalog.regprocedure::text, p.proname::text, p.proowner, p.proacl, NULL
+           FROM members m
+           JOIN pg_catalog.pg_proc p ON p.oid = m.objid
+          WHERE m.classid = 'pg_catalog.pg_proc'::pg_catalog.regclass)";
+
+/// What the role has been granted on the extension's objects, by whomever. Those of an owner are no grants.
+fn held(db: &Db<'_>, role: &str) -> Result<Vec<Held>> {
+    let mut rows = db.run_once(
+        &format!(
+            "{OBJECTS}, granted AS (
+                SELECT o.kind, o.object, o.name, a.privilege_type AS privilege, a.is_grantable, a.grantee
+                  FROM objects o CROSS JOIN LATERAL pg_catalog.aclexplode(o.acl) a
+                 WHERE a.grantee <> o.owner
+                 UNION ALL
+                SELECT o.kind, o.object, o.name,
+                       pg_catalog.format('%s (%I)', a.privilege_type, c.attname), a.is_grantable, a.grantee
+                  FROM objects o
+                  JOIN pg_catalog.pg_attribute c ON c.attrelid = o.relation AND NOT c.attisdropped
+                 CROSS JOIN LATERAL pg_catalog.aclexplode(c.attacl) a
+                 WHERE a.grantee <> o.owner)
+             SELECT DISTINCT kind, object, name, privilege, is_grantable FROM granted
+              WHERE grantee = $2::pg_catalog.regrole ORDER BY 1, 2, 4"
+        ),
+        &[db.catalog()?.extension.into(), role.into()],
+    )?;
+    let mut found = Vec::new();
+    while rows.next().is_some() {
+        found.push(Held {
+            kind: rows.required_text(1, "pg_depend")?,
+            object: rows.required_text(2, "pg_depend")?,
+            name: rows.required_text(3, "pg_depend")?,
+            privilege: rows.required_text(4, "pg_class.relacl")?,
+            is_grantable: rows.flag(5)?,
+        });
+    }
+    Ok(found)
+}
+
+/// What the role itself has been granted on the extension's schema.
+fn on_schema(db: &Db<'_>, role: &str) -> Result<Vec<String>> {
+    let mut rows = db.run_once(
+        "SELECT DISTINCT a.privilege_type
+           FROM pg_catalog.pg_extension e
+           JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace
+          CROSS JOIN LATERAL pg_catalog.aclexplode(n.nspacl) a
+          WHERE e.oid = $1 AND a.grantee = $2::pg_catalog.regrole AND a.grantee <> n.nspowner
+          ORDER BY 1",
+        &[db.catalog()?.extension.into(), role.into()],
+    )?;
+    let mut found = Vec::new();
+    while rows.next().is_some() {
+        found.push(rows.required_text(1, "pg_namespace.nspacl")?);
+    }
+    Ok(found)
+}
+
+/// Whether the extension's schema is public, or holds anything else.
+fn is_schema_shared(db: &Db<'_>) -> Result<bool> {
+    let found = db.run_once(
+        "SELECT FROM pg_catalog.pg_extension e
+           JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace
+          WHERE e.oid = $1
+            AND (n.nspname = 'public'
+                 OR EXISTS (SELECT FROM pg_catalog.pg_depend o
+                             WHERE o.refclassid = 'pg_catalog.pg_namespace'::pg_catalog.regclass
+                               AND o.refobjid = n.oid AND o.deptype = 'n'
+                               AND (o.classid, o.objid)
+                                   <> ('pg_catalog.pg_extension'::pg_catalog.regclass, e.oid)
+                               AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend m
+                                                WHERE m.classid = o.classid AND m.objid = o.objid
+                                                  AND m.deptype IN ('e', 'i', 'a'))))",
+        &[db.catalog()?.extension.into()],
+    )?;
+    Ok(!found.is_empty())
 }
 
 fn quoted_role(db: &Db<'_>, role: &str) -> Result<String> {

@@ -19,6 +19,7 @@ use super::row::Row;
 use super::statement::{Db, Statement};
 use super::table::layout::claims as column;
 use super::table::{Key, Lock, Name, Snapshot, Table, Wait};
+use super::wait;
 use crate::error::Result;
 use crate::guc;
 use crate::identity::Role;
@@ -80,7 +81,7 @@ pub struct Acquisition {
 static HOLD: Statement = Statement::new(
     |c| {
         format!(
-            "SELECT h.sd_id, h.session_id, s.owner_role::oid, h.released_at, h.release_reason
+            "SELECT h.sd_id, h.session_id, s.session_id IS NOT NULL, h.released_at, h.release_reason, s.owner_oid
                FROM {x}.sd_claims h
                LEFT JOIN {x}.claude_sessions s ON s.session_id = h.session_id
               WHERE h.claim_id = $1 FOR SHARE OF h",
@@ -102,16 +103,37 @@ pub fn hold(db: &Db<'_>, claim_id: i64) -> Result<Option<Acquisition>> {
     Ok(Some(Acquisition {
         sd_id: row.required_text(1, "sd_claims.sd_id")?,
         session_id: row.required_text(2, "sd_claims.session_id")?,
-        owner_role: row.get(3)?.map(Role),
+        owner_role: if row.flag(3)? { Some(row.role(6)?) } else { None },
         released_at: row.instant(4)?,
         release_reason: row.text(5)?,
     }))
 }
 
+/// Waits until no other transaction guards the acquisition. Locks nothing, so that whoever guards it can do
+/// anything meanwhile; another guard may come right after. Returns whether there was anybody to wait for.
+pub fn await_others(claim_id: i64) -> Result<bool> {
+    if !is_held(claim_id) {
+        return Ok(false);
+    }
+    wait::giving_way(|| {
+        while is_held(claim_id) {
+            let mode = pg_sys::RowExclusiveLock as pg_sys::LOCKMODE;
+            // SAFETY: waits for the transactions that hold a guard, but not for this one; may raise an error,
+            // which unwinds as usual.
+            unsafe { pg_sys::WaitForLockers(tag_of(claim_id), mode, false) };
+        }
+        Ok(())
+    })?;
+    Ok(true)
+}
+
 /// Locks an acquisition that is to be ended, and waits for its guards. Before its session is locked,
 /// whose heartbeats must not wait for them as well.
 pub fn exclude(db: &Db<'_>, claim_id: i64) -> Result<()> {
-    lock(db, claim_id, Wait::Block)?;
+    if let Some(Lock::Busy) = lock(db, claim_id, Wait::Skip)? {
+        await_others(claim_id)?;
+        wait::giving_way(|| lock(db, claim_id, Wait::Block))?;
+    }
     Ok(())
 }
 
@@ -161,6 +183,11 @@ pub fn remember(sd_id: &str) {
             asserted.push(Asserted { sd_id: sd_id.to_owned(), within });
         }
     });
+}
+
+/// Whether this transaction has asserted any claim.
+pub fn is_guarding() -> bool {
+    IS_USED.get() && ASSERTED.with_borrow(|asserted| !asserted.is_empty())
 }
 
 /// Whether this transaction has asserted a claim on the SD.

@@ -42,7 +42,7 @@ static BEAT: Statement = Statement::new(
             "UPDATE {}.claude_sessions
                 SET heartbeat_at = GREATEST(heartbeat_at, pg_catalog.clock_timestamp())
               WHERE session_id = $1 AND status <> 'released'
-                AND owner_role = $2 AND ($3 IS NULL OR claim_id = $3)
+                AND COALESCE(owner_oid, 0::oid) = $2 AND ($3 IS NULL OR claim_id = $3)
           RETURNING heartbeat_at, sd_id, claim_id, lost_claim_id, stale_after",
             c.schema
         )
@@ -101,9 +101,16 @@ fn beat_directly(
         let claim_id = row.bigint(column::CLAIM_ID)?;
         let lost = row.bigint(column::LOST_CLAIM_ID)?;
         if row.required_text(column::STATUS, "claude_sessions.status")? == "released"
-            || row.role(column::OWNER_ROLE, "claude_sessions.owner_role")? != owner_role
+            || row.role(column::OWNER_OID)? != owner_role
             || named.is_some_and(|named| Some(named) != claim_id)
             || (lost.is_some() && !is_told)
+        {
+            return Ok(None);
+        }
+        // Somebody may have finished the SD past the triggers. Whoever has a statement has looked already.
+        if !is_told
+            && let Some(sd_id) = row.text(column::SD_ID)?
+            && catalog::is_unfinished_as_known(&sd_id)? != Some(true)
         {
             return Ok(None);
         }
@@ -160,16 +167,32 @@ fn open_on_board(
     place.open(&held, most_lag, time::to_microseconds(beat.heartbeat_at));
 }
 
-/// Whether this connection knows where the sessions are, without which [`beat_on_board`] can tell nothing.
-pub fn knows_the_board() -> bool {
-    catalog::known().is_some()
+/// Records a sign of life on the board, without any statement or lock, for the sessions in the table `sessions`.
+/// `None` where only the table can tell: the board does not know the session, another role calls, the claim that is
+/// named is another one.
+pub fn beat_on_board(
+    sessions: pg_sys::Oid,
+    session_id: &str,
+    caller: Role,
+    claim_id: Option<i64>,
+) -> Option<Beat> {
+    beat_in(Place::of(sessions, session_id), session_id, Some(caller), claim_id)
 }
 
-/// Records a sign of life on the board, without any statement. `None` where only the table can tell: the
-/// board does not know the session, another role calls, the claim that is named is another one.
-pub fn beat_on_board(session_id: &str, caller: Role, claim_id: Option<i64>) -> Option<Beat> {
-    let place = Place::of(catalog::known()?.sessions, session_id);
-    let (at, held) = place.beat(caller.0, claim_id, time::now_in_microseconds())?;
+/// The same on behalf of the session itself, whoever's it is.
+pub fn beat_on_board_for(db: &Db<'_>, session_id: &str) -> Result<Option<Beat>> {
+    let place = Place::of(db.catalog()?.sessions, session_id);
+    Ok(beat_in(place, session_id, None, None))
+}
+
+fn beat_in(
+    place: Place<'_>,
+    session_id: &str,
+    caller: Option<Role>,
+    claim_id: Option<i64>,
+) -> Option<Beat> {
+    let caller = caller.map(|caller| caller.0);
+    let (at, held) = place.beat(caller, claim_id, time::now_in_microseconds())?;
     let (sd_id, claim_id) = held.claim.unzip();
     Some(Beat {
         success: true,
@@ -221,9 +244,9 @@ static BEAT_MANY: Statement = Statement::new(
                     SET heartbeat_at = GREATEST(s.heartbeat_at, pg_catalog.clock_timestamp())
                    FROM free WHERE s.session_id = free.session_id
               RETURNING s.heartbeat_at, s.sd_id, s.claim_id, s.lost_claim_id, s.session_id,
-                        s.owner_role, s.stale_after)
+                        s.owner_oid, s.stale_after)
              SELECT b.heartbeat_at, b.sd_id, b.claim_id, b.lost_claim_id, asked.session_id,
-                    s.status, b.owner_role::oid, b.stale_after
+                    s.status, b.owner_oid, b.stale_after
                FROM pg_catalog.unnest($1) WITH ORDINALITY AS asked(session_id, place)
                LEFT JOIN beaten b ON b.session_id = asked.session_id
                LEFT JOIN {x}.claude_sessions s ON s.session_id = asked.session_id
@@ -245,7 +268,7 @@ pub fn beat_many(db: &Db<'_>, session_ids: &[String]) -> Result<Vec<(String, Fou
             (Some(_), _) => {
                 let (beat, lost) = read_beat(&rows, session_id.clone())?;
                 if undisturbed.still() && lost.is_none() {
-                    let owner_role = rows.role(7, "claude_sessions.owner_role")?;
+                    let owner_role = rows.role(7)?;
                     open_on_board(db.catalog()?.sessions, &beat, owner_role, rows.time(8)?);
                 }
                 Found::Beaten(Box::new(beat), lost)
@@ -384,8 +407,8 @@ pub fn is_board_ahead(db: &Db<'_>) -> Result<bool> {
 static NOT_OF: Statement = Statement::new(
     |c| {
         format!(
-            "SELECT session_id, owner_role::oid FROM {}.claude_sessions
-              WHERE session_id = ANY ($1) AND owner_role <> $2 ORDER BY session_id LIMIT 1",
+            "SELECT session_id, owner_oid FROM {}.claude_sessions
+              WHERE session_id = ANY ($1) AND owner_oid IS DISTINCT FROM $2 ORDER BY session_id LIMIT 1",
             c.schema
         )
     },
@@ -401,10 +424,7 @@ pub fn first_not_of(
     let Some(row) = db.first_row(&NOT_OF, &[session_ids.to_vec().into(), role.0.into()])? else {
         return Ok(None);
     };
-    Ok(Some((
-        row.required_text(1, "claude_sessions.session_id")?,
-        row.role(2, "claude_sessions.owner_role")?,
-    )))
+    Ok(Some((row.required_text(1, "claude_sessions.session_id")?, row.role(2)?)))
 }
 
 // Zero takes an announcement back.

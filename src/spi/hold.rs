@@ -26,7 +26,7 @@ static HOLD: Statement = Statement::new(
 
 /// Stops the SD.
 pub fn hold(db: &Db<'_>, sd_id: &str, reason: &str) -> Result<Hold> {
-    let arguments = [sd_id.into(), reason.into(), identity::caller()?.name().into()];
+    let arguments = [sd_id.into(), reason.into(), identity::caller().name().into()];
     let row = db.run(&HOLD, &arguments)?.first();
     Ok(Hold {
         reason: row.required_text(1, "sd_holds.reason")?,

@@ -172,7 +172,8 @@ static DUE: Statement = Statement::new(
 /// The interval of a connection's heartbeat in seconds: the setting ($1) or, where that would be too
 /// long for its session's lease (its own within the limits $3 and $4, or the usual $2), a third of
 /// that.
-const INTERVAL: &str = "LEAST($1, COALESCE(GREATEST($3, LEAST($4, EXTRACT(EPOCH FROM s.stale_after)::float8)), $2) / 3)";
+const INTERVAL: &str = "LEAST($1, CASE WHEN s.stale_after IS NULL THEN $2
+                               ELSE GREATEST($3, LEAST($4, EXTRACT(EPOCH FROM s.stale_after)::float8)) END / 3)";
 
 static INTERVAL_OF: Statement = Statement::new(
     |c| {
@@ -225,6 +226,23 @@ fn intervals<'a>() -> [DatumWithOid<'a>; 4] {
 /// The connections whose heartbeat is due.
 pub fn due(db: &Db<'_>) -> Result<Vec<Due>> {
     read_connections(db.run(&DUE, &intervals())?)
+}
+
+static ALL: Statement = Statement::new(
+    |c| {
+        format!(
+            "SELECT c.backend_pid, c.backend_start, c.session_id
+               FROM {x}.heartbeat_connections c
+              WHERE c.given_up_at IS NULL AND {IS_THERE}",
+            x = c.schema
+        )
+    },
+    &[],
+);
+
+/// All connections that are beaten for, due or not.
+pub fn all(db: &Db<'_>) -> Result<Vec<Due>> {
+    read_connections(db.run(&ALL, &[])?)
 }
 
 fn read_connections(mut rows: SpiTupleTable<'_>) -> Result<Vec<Due>> {

@@ -9,26 +9,34 @@ pub mod claim;
 pub mod conflict;
 pub mod directive;
 pub mod event;
+pub mod extension;
+pub mod foreign;
 pub mod grant;
 pub mod guard;
 pub mod health;
 pub mod heartbeat;
 pub mod hold;
+pub mod installation;
 pub mod manager;
+pub mod numbers;
 pub mod order;
 pub mod prune;
 pub mod queue;
+pub mod quota;
+pub mod repair;
 pub mod row;
 pub mod session;
 mod statement;
 pub mod table;
 pub mod time;
+pub mod wait;
 
 pub use statement::{Db, is_running};
 
 /// Prepares the process: watches for changes that make kept plans wrong.
 pub fn init() {
     catalog::watch();
+    installation::watch();
     guard::init();
     table::init();
 }

@@ -9,12 +9,13 @@ use pgrx::{IntoDatum, JsonB};
 
 use super::catalog::Catalog;
 use super::event::EventType;
+use super::numbers::{self, Kind};
 use super::row::Row;
 use super::statement::{Db, Statement, required};
 use crate::error::Result;
 
 /// What listeners are told of; registering and ending concern the session alone.
-const ANNOUNCED: [EventType; 7] = [
+const ANNOUNCED: [EventType; 8] = [
     EventType::Claimed,
     EventType::Switched,
     EventType::Released,
@@ -22,15 +23,36 @@ const ANNOUNCED: [EventType; 7] = [
     EventType::Stale,
     EventType::Reaped,
     EventType::MaxAgeWarning,
+    EventType::Repaired,
 ];
+
+/// Sets the lock on making the first frontier apart from those of `pg_advisory_lock` and of guards.
+const LOCK_CLASS: u16 = 4;
 
 /// The channel.
 const CHANNEL: &str = "pg_claims";
 
+// Where there are places already, a dump was restored without the frontier: what has a place was announced.
 static BEGIN: Statement = Statement::new(
-    |c| format!("INSERT INTO {}.event_frontier DEFAULT VALUES ON CONFLICT DO NOTHING", c.schema),
+    |c| {
+        format!(
+            "INSERT INTO {x}.event_frontier (announced_to)
+             SELECT COALESCE(pg_catalog.max(position), 0) FROM {x}.lifecycle_event_positions
+             ON CONFLICT DO NOTHING",
+            x = c.schema
+        )
+    },
     &[],
 );
+
+static FORGET: Statement =
+    Statement::new(|c| format!("DELETE FROM {}.event_frontier", c.schema), &[]);
+
+/// Makes room for the frontier of a dump, which goes with its events.
+pub fn forget_frontier(db: &Db<'_>) -> Result<()> {
+    db.run(&FORGET, &[])?;
+    Ok(())
+}
 
 // There is one row, but an old snapshot of somebody else's may keep any number of its versions. The index
 // has the newest one last.
@@ -56,13 +78,33 @@ struct Kept {
     place: String,
 }
 
-/// The frontier without locking it. Makes the first one.
+/// The frontier without locking it. Makes the first one, unless another transaction is just doing so.
 fn peek(db: &Db<'_>) -> Result<Option<Kept>> {
     let peeked = read(db.run_by_index(&PEEK, &[])?)?;
-    if peeked.is_none() {
+    if peeked.is_none() && may_begin() {
         db.run(&BEGIN, &[])?;
     }
     Ok(peeked)
+}
+
+/// Whether no other transaction is just making the first frontier; none will until this one has ended. Waiting for
+/// one would mean to wait for its end.
+fn may_begin() -> bool {
+    // SAFETY: the database's id is set before any statement runs. The lock is one of this database's that nobody
+    // else takes; it is not waited for.
+    unsafe {
+        let tag = pg_sys::LOCKTAG {
+            locktag_field1: pg_sys::MyDatabaseId.to_u32(),
+            locktag_field2: 0,
+            locktag_field3: 0,
+            locktag_field4: LOCK_CLASS,
+            locktag_type: pg_sys::LockTagType::LOCKTAG_ADVISORY as u8,
+            locktag_lockmethodid: pg_sys::USER_LOCKMETHOD as u8,
+        };
+        let mode = pg_sys::ExclusiveLock as i32;
+        pg_sys::LockAcquire(&tag, mode, false, true)
+            != pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL
+    }
 }
 
 /// The same, locked. `None` while somebody else has it.
@@ -117,16 +159,19 @@ static IS_NEW: Statement = Statement::new(
     &[INT8OID],
 );
 
+// Who holds the frontier is the only one to append, so that an event can have a place already only where the
+// frontier itself came later: from a dump, or because it was lost.
 static APPEND: Statement = Statement::new(
     |c| {
         format!(
-            "INSERT INTO {}.lifecycle_event_positions (event_id)
-             SELECT event_id FROM pg_catalog.unnest($1) WITH ORDINALITY AS e(event_id, place)
-              ORDER BY place",
+            "INSERT INTO {}.lifecycle_event_positions (position, event_id)
+             SELECT position, event_id
+               FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)) AS e(position, event_id)
+             ON CONFLICT (event_id) DO NOTHING",
             c.schema
         )
     },
-    &[INT8ARRAYOID],
+    &[INT8ARRAYOID, INT8ARRAYOID],
 );
 
 static KEEP: Statement = Statement::new(
@@ -162,7 +207,10 @@ pub fn append_visible(db: &Db<'_>, limit: i32) -> Result<usize> {
     let before = frontier.clone();
     let seen = look(db, &mut frontier, limit)?;
     if !seen.is_empty() {
-        db.run(&APPEND, &[seen.clone().into()])?;
+        // Whoever draws these holds the frontier's lock, so the order is that of the numbers.
+        let positions = seen.iter().map(|_| numbers::next(db, Kind::Position));
+        let positions = positions.collect::<Result<Vec<i64>>>()?;
+        db.run(&APPEND, &[positions.into(), seen.clone().into()])?;
     }
     if frontier != before {
         let (first, last) = bounds(&frontier);

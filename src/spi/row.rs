@@ -19,8 +19,8 @@ pub trait Row {
     fn instant(&self, position: usize) -> Result<Option<DateTime<Utc>>>;
     /// An interval that may be NULL.
     fn time(&self, position: usize) -> Result<Option<TimeDelta>>;
-    /// A role that is never NULL.
-    fn role(&self, position: usize, what: &'static str) -> Result<Role>;
+    /// A role; NULL stands for none.
+    fn role(&self, position: usize) -> Result<Role>;
     /// A boolean; NULL counts as false.
     fn flag(&self, position: usize) -> Result<bool>;
 
@@ -55,8 +55,8 @@ impl Row for SpiTupleTable<'_> {
         Ok(self.get::<Interval>(position)?.map(|interval| time::from_interval(&interval)))
     }
 
-    fn role(&self, position: usize, what: &'static str) -> Result<Role> {
-        required(self.get(position)?, what).map(Role)
+    fn role(&self, position: usize) -> Result<Role> {
+        Ok(self.get(position)?.map_or(Role::NOBODY, Role))
     }
 
     fn flag(&self, position: usize) -> Result<bool> {

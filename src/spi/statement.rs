@@ -1,8 +1,9 @@
-//! Statements whose plans are kept for the life of the backend.
+//! Statements whose plans are kept for the life of the backend, one each.
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::HashMap;
 use std::ffi::CStr;
+use std::rc::Rc;
 
 use pgrx::Spi;
 use pgrx::datum::DatumWithOid;
@@ -10,8 +11,11 @@ use pgrx::pg_sys::{self, BuiltinOid, PgOid};
 use pgrx::spi::{OwnedPreparedStatement, SpiClient, SpiTupleTable};
 
 use super::catalog::{self, Catalog};
+use super::installation;
 use crate::error::{ClaimError, Result};
+use crate::error_context::KeepsContext;
 use crate::identity::{ActingAs, Role};
+use crate::service;
 use crate::worker::wake;
 
 /// A statement: its text, which depends on where the extension and its backlog are, and the types
@@ -29,17 +33,22 @@ impl Statement {
 }
 
 thread_local! {
-    /// Kept plans by the address of their statement, with how often each has run. Plans are never freed: one may be running
-    /// further up the stack when the catalogue changes, and it changes rarely.
-    static PLANS: RefCell<HashMap<usize, &'static Kept>> = RefCell::new(HashMap::new());
-    /// The same for questions to the server's catalogues, by their text.
-    static QUESTIONS: RefCell<HashMap<&'static str, &'static OwnedPreparedStatement>> =
+    /// Kept plans by the address of their statement: one each, however often the tables change. A plan that is
+    /// replaced while it runs, further up the stack, is freed when it has ended.
+    static PLANS: RefCell<HashMap<usize, Rc<Kept>>> = RefCell::new(HashMap::new());
+    /// The same for questions to the server's catalogues, by their text, which never changes.
+    static QUESTIONS: RefCell<HashMap<&'static str, Rc<OwnedPreparedStatement>>> =
         RefCell::new(HashMap::new());
 }
 
 /// A kept plan.
 struct Kept {
     plan: OwnedPreparedStatement,
+    /// Its text, which is that of the statement until the catalogue says something else.
+    text: String,
+    /// Whether that has been looked at since the catalogue changed last.
+    is_current: Cell<bool>,
+    /// How often it has run since.
     runs: Cell<u32>,
 }
 
@@ -48,16 +57,18 @@ struct Kept {
 /// seems as good as an index.
 const DECIDING_RUNS: u32 = 8;
 
-/// Forgets the kept plans; the next use prepares anew.
-pub(super) fn forget_plans() {
-    PLANS.with_borrow_mut(HashMap::clear);
+/// The catalogue has changed: a plan is prepared anew where its statement has another text by now. Where it has not,
+/// the server itself sees to it that the plan fits the tables as they are.
+pub(super) fn doubt_plans() {
+    PLANS.with_borrow(|plans| plans.values().for_each(|kept| kept.is_current.set(false)));
 }
 
-/// Has the planner use indexes until it is dropped, on an error as well. By the variables that it reads and not
+/// Has the planner use indexes, and on 18 prune no partitions, until it is dropped, on an error as well. By the variables that it reads and not
 /// by their settings, which take longer to change than many a statement takes.
 struct ByIndex {
     seqscan: bool,
     jit: bool,
+    pruning: bool,
 }
 
 impl ByIndex {
@@ -65,9 +76,16 @@ impl ByIndex {
     fn new(uncompiled: bool) -> Self {
         // SAFETY: variables of this process's, which the planner only reads.
         unsafe {
-            let before = Self { seqscan: pg_sys::enable_seqscan, jit: pg_sys::jit_enabled };
+            let before = Self {
+                seqscan: pg_sys::enable_seqscan,
+                jit: pg_sys::jit_enabled,
+                pruning: pg_sys::enable_partition_pruning,
+            };
             pg_sys::enable_seqscan = false;
             pg_sys::jit_enabled &= !uncompiled;
+            // PostgreSQL 18 crashes otherwise (18.4 still does). When it locks a row that has changed meanwhile it looks at
+            // the row again. With that it frees the memory by which it prunes partitions, and goes on using it.
+            pg_sys::enable_partition_pruning &= !cfg!(feature = "pg18");
             before
         }
     }
@@ -79,6 +97,7 @@ impl Drop for ByIndex {
         unsafe {
             pg_sys::enable_seqscan = self.seqscan;
             pg_sys::jit_enabled = self.jit;
+            pg_sys::enable_partition_pruning = self.pruning;
         }
     }
 }
@@ -140,32 +159,77 @@ pub struct Db<'conn> {
 
 /// Where the rights come from that statements need.
 enum Rights {
-    /// From the function that runs, which is SECURITY DEFINER, or from whoever set off the trigger or worker.
+    /// From whoever connects: a trigger that has taken them, or the worker.
     Given,
     /// From the owner of this function, from the first statement on.
     OfOwner { function: pg_sys::Oid, acting: OnceCell<ActingAs> },
 }
 
 impl Db<'_> {
-    /// Connects for the length of `work`: one connection serves a whole call.
-    pub fn connect<R>(work: impl FnOnce(&Db<'_>) -> Result<R>) -> Result<R> {
-        Self::connect_with(Rights::Given, work)
+    /// Connects for the length of `work`, with the rights of the owner of `function`, which is the one that runs: one
+    /// connection serves a whole call. Whoever calls a function that does so uses the extension. Not on a standby.
+    pub fn connect<R>(function: pg_sys::Oid, work: impl FnOnce(&Db<'_>) -> Result<R>) -> Result<R> {
+        check_may_write()?;
+        let _acting = ActingAs::extension_owner(function)?;
+        Self::connect_with(Rights::Given, |db| {
+            db.refuse_foreign_code()?;
+            work(db)
+        })
     }
 
-    /// The same for a function that mostly needs no statement, and so no rights but the caller's. The server
-    /// sets up SECURITY DEFINER and a search_path for each call; here the first statement does. So in such a
+    /// The same for a function that grants and revokes: it writes none of the extension's tables, and so is there to set
+    /// right what keeps all others from doing so.
+    pub fn administer<R>(
+        function: pg_sys::Oid,
+        work: impl FnOnce(&Db<'_>) -> Result<R>,
+    ) -> Result<R> {
+        check_may_write()?;
+        Self::look(function, work)
+    }
+
+    /// The same for a function that only looks, on a standby as well: from that alone nobody's lease begins to
+    /// count, and the worker does not begin its work.
+    pub fn look<R>(function: pg_sys::Oid, work: impl FnOnce(&Db<'_>) -> Result<R>) -> Result<R> {
+        wake::keep();
+        let _acting = ActingAs::extension_owner(function)?;
+        let _context = KeepsContext::new();
+        Spi::connect(|client| work(&Db { client, rights: Rights::Given }))
+    }
+
+    /// As [`Db::connect`], for a function that mostly needs no statement, and so no rights but the caller's: taking
+    /// others, with a search_path, is a good part of what such a call costs, so the first statement does. In such a
     /// function nothing but statements may depend on the current role, the search_path or another setting,
     /// and nobody acts as anybody but by [`Db::act_as`].
     pub fn connect_for<R>(
         function: pg_sys::Oid,
         work: impl FnOnce(&Db<'_>) -> Result<R>,
     ) -> Result<R> {
-        Self::connect_with(Rights::OfOwner { function, acting: OnceCell::new() }, work)
+        check_may_write()?;
+        Self::connect_with(Rights::OfOwner { function, acting: OnceCell::new() }, |db| {
+            db.refuse_foreign_code()?;
+            work(db)
+        })
+    }
+
+    /// Connects with the rights that whoever does so has already: a trigger, the worker.
+    pub fn within<R>(work: impl FnOnce(&Db<'_>) -> Result<R>) -> Result<R> {
+        check_may_write()?;
+        Self::connect_with(Rights::Given, work)
     }
 
     fn connect_with<R>(rights: Rights, work: impl FnOnce(&Db<'_>) -> Result<R>) -> Result<R> {
-        wake::keep();
-        Spi::connect(|client| work(&Db { client, rights }))
+        let is_call = !installation::is_in_trigger();
+        if is_call {
+            wake::keep();
+        }
+        let _context = KeepsContext::new();
+        Spi::connect(|client| {
+            let db = Db { client, rights };
+            if is_call {
+                installation::note_use(&db)?;
+            }
+            work(&db)
+        })
     }
 
     /// Sees to it that what follows has the rights of the extension's owner, as each statement does.
@@ -186,8 +250,17 @@ impl Db<'_> {
         Ok(ActingAs::table_owner(owner.0, search_path))
     }
 
+    /// Error 42501 where an ordinary role's code is on one of the extension's tables: whoever writes there would run it
+    /// with the rights of the extension's owner.
+    pub fn refuse_foreign_code(&self) -> Result<()> {
+        match &self.catalog()?.foreign_code {
+            None => Ok(()),
+            Some(code) => Err(ClaimError::ForeignCode { code: code.clone() }),
+        }
+    }
+
     /// Where the extension and its backlog are, as far as this backend knows by now.
-    pub fn catalog(&self) -> Result<std::rc::Rc<Catalog>> {
+    pub fn catalog(&self) -> Result<Rc<Catalog>> {
         catalog::current(self)
     }
 
@@ -200,21 +273,7 @@ impl Db<'_> {
         self.take_rights()?;
         // The catalogue comes first: reading it anew may forget the plans.
         let catalog = self.catalog()?;
-        let key = std::ptr::from_ref(statement).addr();
-        // The borrow ends before any SQL runs: a trigger may come back here.
-        let kept = PLANS.with_borrow(|plans| plans.get(&key).copied());
-        let kept = match kept {
-            Some(kept) => kept,
-            None => {
-                let parameters: Vec<PgOid> =
-                    statement.parameters.iter().map(|oid| PgOid::BuiltIn(*oid)).collect();
-                let text = (statement.text)(&catalog);
-                let plan = self.client.prepare_mut(text.as_str(), &parameters)?.keep();
-                let kept: &'static _ = Box::leak(Box::new(Kept { plan, runs: Cell::new(0) }));
-                PLANS.with_borrow_mut(|plans| plans.insert(key, kept));
-                kept
-            }
-        };
+        let kept = self.plan_of(statement, &catalog)?;
         let is_deciding = kept.runs.get() < DECIDING_RUNS;
         let _by_index = is_deciding.then(|| ByIndex::new(false));
         if is_deciding {
@@ -223,6 +282,32 @@ impl Db<'_> {
         let _running = Running::new();
         // `select` on a mutating plan takes a fresh snapshot and assigns no transaction id.
         Ok(self.client.select(&kept.plan, None, arguments)?)
+    }
+
+    fn plan_of(&self, statement: &'static Statement, catalog: &Catalog) -> Result<Rc<Kept>> {
+        let key = std::ptr::from_ref(statement).addr();
+        // The borrow ends before any SQL runs: a trigger may come back here.
+        let kept = PLANS.with_borrow(|plans| plans.get(&key).map(Rc::clone));
+        if let Some(kept) = &kept
+            && kept.is_current.get()
+        {
+            return Ok(Rc::clone(kept));
+        }
+        let text = (statement.text)(catalog);
+        if let Some(kept) = kept
+            && kept.text == text
+        {
+            kept.is_current.set(true);
+            kept.runs.set(0);
+            return Ok(kept);
+        }
+        let parameters: Vec<PgOid> =
+            statement.parameters.iter().map(|oid| PgOid::BuiltIn(*oid)).collect();
+        let plan = self.client.prepare_mut(text.as_str(), &parameters)?.keep();
+        let kept = Rc::new(Kept { plan, text, is_current: Cell::new(true), runs: Cell::new(0) });
+        let replaced = PLANS.with_borrow_mut(|plans| plans.insert(key, Rc::clone(&kept)));
+        drop(replaced);
+        Ok(kept)
     }
 
     /// Runs a kept statement that may look up many things one by one, and mostly looks up few.
@@ -255,20 +340,19 @@ impl Db<'_> {
         arguments: &[DatumWithOid<'_>],
     ) -> Result<SpiTupleTable<'_>> {
         self.take_rights()?;
-        let kept = QUESTIONS.with_borrow(|questions| questions.get(question).copied());
+        let kept = QUESTIONS.with_borrow(|questions| questions.get(question).map(Rc::clone));
         let kept = match kept {
             Some(kept) => kept,
             None => {
                 let types: Vec<PgOid> = arguments.iter().map(|a| PgOid::from(a.oid())).collect();
-                let kept: &'static _ =
-                    Box::leak(Box::new(self.client.prepare_mut(question, &types)?.keep()));
-                QUESTIONS.with_borrow_mut(|questions| questions.insert(question, kept));
+                let kept = Rc::new(self.client.prepare_mut(question, &types)?.keep());
+                QUESTIONS.with_borrow_mut(|questions| questions.insert(question, Rc::clone(&kept)));
                 kept
             }
         };
         let _planned_once = PlannedOnce::new();
         let _by_index = ByIndex::new(true);
-        Ok(self.client.select(kept, None, arguments)?)
+        Ok(self.client.select(&*kept, None, arguments)?)
     }
 
     /// Runs a statement once, without keeping a plan: definitions.
@@ -282,6 +366,16 @@ impl Db<'_> {
         let plan = self.client.prepare_mut(text, &types)?;
         Ok(self.client.select(&plan, None, arguments)?)
     }
+}
+
+/// An error on a standby and in a parallel query, neither of which may write. The server's own error would name some
+/// statement of the extension's that the caller does not know.
+fn check_may_write() -> Result<()> {
+    if service::is_in_recovery() {
+        return Err(ClaimError::Standby);
+    }
+    // SAFETY: asks about this backend.
+    if unsafe { pg_sys::IsInParallelMode() } { Err(ClaimError::Parallel) } else { Ok(()) }
 }
 
 /// A column that must not be NULL.

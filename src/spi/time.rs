@@ -50,14 +50,23 @@ pub fn is_read_only() -> bool {
     unsafe { pg_sys::XactReadOnly }
 }
 
+/// Whether the session writes as a replica: then the server fires none but the triggers that always fire.
+pub fn is_replica() -> bool {
+    // SAFETY: reads a variable of this process's.
+    unsafe { pg_sys::SessionReplicationRole == pg_sys::SESSION_REPLICATION_ROLE_REPLICA as i32 }
+}
+
 /// A server timestamp; `infinity` and what chrono cannot hold become the ends of its range.
 pub fn from_server(timestamp: TimestampWithTimeZone) -> DateTime<Utc> {
     from_microseconds(timestamp.into_inner())
 }
 
-/// The same instant for the server.
+/// The first moment that the server knows: 4713 BC.
+const FIRST_MICROSECOND: i64 = -211_813_488_000_000_000;
+
+/// The same instant for the server; one before its first moment, such as comes of `-infinity`, is that moment.
 pub fn to_server(instant: DateTime<Utc>) -> Result<TimestampWithTimeZone> {
-    TimestampWithTimeZone::try_from(to_microseconds(instant))
+    TimestampWithTimeZone::try_from(to_microseconds(instant).max(FIRST_MICROSECOND))
         .map_err(|_| ClaimError::Corrupt { what: "a timestamp" })
 }
 

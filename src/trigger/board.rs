@@ -17,7 +17,8 @@ use crate::spi::{is_running, time};
 pub fn forget_heartbeat<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
     run(|| {
         let new = SessionTuple::of(trigger, Side::New);
-        new.as_ref().map_or(Ok(()), check_finite)?;
+        let before = SessionTuple::of(trigger, Side::Old);
+        new.as_ref().map_or(Ok(()), |new| check_finite(before.as_ref(), new))?;
         let table = trigger.relid()?;
         let Some(session_id) = id_in(trigger, Side::Old)? else {
             board::forget_all(table);
@@ -66,13 +67,15 @@ fn id_in(trigger: &PgTrigger<'_>, side: Side) -> Result<Option<String>> {
     SessionTuple::of(trigger, side).map_or(Ok(None), |row| row.text(column::SESSION_ID))
 }
 
-/// An infinite heartbeat would be immortal, or stale for ever.
-pub(super) fn check_finite(row: &SessionTuple) -> Result<()> {
+/// An infinite heartbeat would be immortal, or stale for ever. One that was there before, written by a replica, keeps
+/// nobody from writing the rest.
+pub(super) fn check_finite(old: Option<&SessionTuple>, new: &SessionTuple) -> Result<()> {
     for (column, position) in
         [("heartbeat_at", column::HEARTBEAT_AT), ("silent_until", column::SILENT_UNTIL)]
     {
-        let at = row.column::<TimestampWithTimeZone>(position)?;
-        if at.is_some_and(|at| at.is_infinity() || at.is_neg_infinity()) {
+        let at = new.column::<TimestampWithTimeZone>(position)?;
+        let before = old.map_or(Ok(None), |old| old.column::<TimestampWithTimeZone>(position))?;
+        if at != before && at.is_some_and(|at| at.is_infinity() || at.is_neg_infinity()) {
             return Err(ClaimError::DirectWrite {
                 code: PgSqlErrorCode::ERRCODE_CHECK_VIOLATION,
                 message: format!("{column} of a session must not be infinite"),

@@ -4,8 +4,10 @@ use pg_claims_core::id;
 use pgrx::PgSqlErrorCode;
 use pgrx::prelude::*;
 
-use super::{Row, Side, is_restoring, run, text_of};
+use super::row::{self, Value};
+use super::{Row, Side, is_restoring, run_as_owner, run_on_own_table, text_of};
 use crate::error::{ClaimError, Result};
+use crate::identity;
 use crate::spi::catalog::Catalog;
 use crate::spi::directive::{self, Backlog};
 use crate::spi::{Db, claim, session, time};
@@ -13,8 +15,8 @@ use crate::spi::{Db, claim, session, time};
 /// An SD that is finished or deleted is released in the same transaction.
 #[pg_trigger]
 pub fn release_finished_directive<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
-    run(|| {
-        Db::connect(|db| {
+    run_as_owner(trigger, || {
+        Db::within(|db| {
             let catalog = db.catalog()?;
             let Some(backlog) = in_use(&catalog, trigger)? else {
                 return Ok(());
@@ -50,8 +52,8 @@ pub fn release_finished_directive<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
 /// TRUNCATE deletes every SD of the table, or of one partition.
 #[pg_trigger]
 pub fn release_truncated_directives<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
-    run(|| {
-        Db::connect(|db| {
+    run_as_owner(trigger, || {
+        Db::within(|db| {
             let catalog = db.catalog()?;
             if in_use(&catalog, trigger)?.is_none() {
                 return Ok(());
@@ -74,19 +76,18 @@ pub fn release_truncated_directives<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
 /// client that saves whole rows, becomes what the claims say.
 #[pg_trigger]
 pub fn keep_directive_mirror<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
-    run(|| {
-        let Some(new) = trigger.new() else {
+    run_as_owner(trigger, || {
+        if trigger.new().is_none() {
             return Ok(None);
-        };
-        let mut new = new.into_owned();
-        Db::connect(|db| {
+        }
+        let mirror = Db::within(|db| {
             let catalog = db.catalog()?;
             // A dump brings the claims along; they may come later.
             let Some(backlog) = in_use(&catalog, trigger)?.filter(|_| !is_restoring()) else {
-                return Ok(());
+                return Ok(None);
             };
             let Some(sd_id) = canonical_id(backlog, trigger, Side::New)? else {
-                return Ok(());
+                return Ok(None);
             };
             if trigger.old().is_none() && Some(trigger.relid()?) == catalog.own_backlog {
                 // A bound table's ids are its owner's; ours are such that the functions take them.
@@ -97,23 +98,61 @@ pub fn keep_directive_mirror<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
                 Some(target) if target.sd_id == sd_id => target.session_id,
                 _ => session::holder(db, &sd_id)?.map(|session| session.session_id),
             };
-            if let Some(column) = &backlog.columns.is_working_on {
-                new.set_by_name(column, session_id.is_some())?;
-            }
-            if let Some(column) = &backlog.columns.active_session_id {
-                new.set_by_name(column, session_id)?;
-            }
-            Ok(())
+            Ok(Some((catalog, session_id)))
         })?;
-        Ok(Some(new))
+        let Some((catalog, session_id)) = mirror else {
+            return Ok(row::unchanged(trigger));
+        };
+        let columns = catalog.backlog.as_ref().map(|backlog| &backlog.columns);
+        let mut values = Vec::new();
+        if let Some(column) = columns.and_then(|columns| columns.is_working_on.as_deref()) {
+            values.push((column, Value::Flag(session_id.is_some())));
+        }
+        if let Some(column) = columns.and_then(|columns| columns.active_session_id.as_deref()) {
+            values.push((column, Value::Text(session_id)));
+        }
+        row::changed(trigger, values)
+    })
+}
+
+/// Whether somebody holds an SD may change while its row waits for others to be written: for one of the same key that
+/// is being deleted. So it is looked at again when the row is there.
+#[pg_trigger]
+pub fn correct_directive_mirror<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
+    run_as_owner(trigger, || {
+        Db::within(|db| {
+            let catalog = db.catalog()?;
+            let Some(backlog) = in_use(&catalog, trigger)?.filter(|_| !is_restoring()) else {
+                return Ok(());
+            };
+            match canonical_id(backlog, trigger, Side::New)? {
+                Some(sd_id) => directive::correct(db, &sd_id),
+                None => Ok(()),
+            }
+        })?;
+        Ok(None)
     })
 }
 
 /// Whoever writes the binding gets the views that go with it.
 #[pg_trigger]
-pub fn rebuild_directives_view<'a>(_trigger: &'a PgTrigger<'a>) -> Row<'a> {
-    run(|| {
-        Db::connect(directive::rebuild_views)?;
+pub fn rebuild_directives_view<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
+    // Entered with the rights of whoever writes the row: in the functions those of the extension's owner.
+    let writer = identity::current();
+    run_on_own_table(trigger, || {
+        // The view is the extension owner's, and shows what that role may read.
+        if !identity::current().is_had_by(writer) {
+            return Err(ClaimError::DirectWrite {
+                code: PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
+                message: "permission denied to bind a backlog by hand".into(),
+                detail: Some(
+                    "directive_binding is written by bind_directives() and unbind_directives()."
+                        .into(),
+                ),
+                hint: "Call those, as an operator who owns the table.",
+            });
+        }
+        Db::within(directive::rebuild_views)?;
         Ok(None)
     })
 }

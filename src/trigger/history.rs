@@ -3,21 +3,41 @@
 use pgrx::PgSqlErrorCode;
 use pgrx::prelude::*;
 
-use super::{Row, is_restoring, run, session_rows};
+use super::{Row, is_restoring, row, run_on_own_table, session_rows};
 use crate::error::ClaimError;
-use crate::spi::{Db, claim, session, time};
+use crate::spi::{Db, claim, installation, order, session, time};
 
 #[pg_trigger]
 pub fn record_claim_history<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
-    run(|| {
+    run_on_own_table(trigger, || {
         let (old, new) = session_rows(trigger)?;
-        Db::connect(|db| match (&old, &new) {
+        Db::within(|db| match (&old, &new) {
             (None, Some(_)) if is_restoring() => Ok(()),
-            (None, Some(new)) => claim::follow_insert(db, new),
-            (Some(old), Some(new)) => claim::follow_update(db, old, new),
-            (Some(old), None) => claim::follow_delete(db, old),
-            (None, None) => Ok(()),
+            (old, new) => {
+                installation::note_use(db)?;
+                match (old, new) {
+                    (None, Some(new)) => claim::follow_insert(db, new),
+                    (Some(old), Some(new)) => claim::follow_update(db, old, new),
+                    (Some(old), None) => claim::follow_delete(db, old),
+                    (None, None) => Ok(()),
+                }
+            }
         })?;
+        Ok(None)
+    })
+}
+
+/// Before a statement that writes rows of a dump, of which the worker must not touch any until all are there.
+#[pg_trigger]
+pub fn begin_restoring<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
+    run_on_own_table(trigger, || {
+        if is_restoring() {
+            let table = trigger.table_name()?;
+            Db::within(|db| {
+                installation::begin_restoring(db)?;
+                if table == "event_frontier" { order::forget_frontier(db) } else { Ok(()) }
+            })?;
+        }
         Ok(None)
     })
 }
@@ -25,10 +45,9 @@ pub fn record_claim_history<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
 /// An open acquisition begins and ends with its session's row only.
 #[pg_trigger]
 pub fn protect_open_claim<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
-    run(|| {
-        let (old, new) = (trigger.old(), trigger.new());
-        if claim::is_opening() || (old.is_none() && is_restoring()) {
-            return Ok(new.or(old).map(|tuple| tuple.into_owned()));
+    run_on_own_table(trigger, || {
+        if claim::is_opening() || (trigger.old().is_none() && is_restoring()) {
+            return Ok(row::unchanged(trigger));
         }
         Err(ClaimError::DirectWrite {
             code: PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
@@ -42,12 +61,12 @@ pub fn protect_open_claim<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
 /// No row trigger sees a TRUNCATE.
 #[pg_trigger]
 pub fn refuse_truncate_while_claimed<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
-    run(|| {
+    run_on_own_table(trigger, || {
         let table = trigger.table_name()?;
         if time::has_transaction_snapshot() {
             return Err(ClaimError::NeedsReadCommitted { what: "truncate sessions or claims" });
         }
-        match Db::connect(session::any_holder)? {
+        match Db::within(session::any_holder)? {
             None => Ok(None),
             Some(holder) => Err(ClaimError::DirectWrite {
                 code: PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,

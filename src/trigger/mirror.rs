@@ -2,18 +2,18 @@
 
 use pgrx::prelude::*;
 
-use super::{Row, is_restoring, run, session_rows};
+use super::{Row, is_restoring, run_on_own_table, session_rows};
 use crate::spi::{Db, directive};
 
 #[pg_trigger]
 pub fn sync_is_working_on_with_session<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
-    run(|| {
+    run_on_own_table(trigger, || {
         let (old, new) = session_rows(trigger)?;
         if old.is_none() && is_restoring() {
             return Ok(None);
         }
         let before = old.as_ref().and_then(|row| row.sd_id.as_deref());
-        Db::connect(|db| directive::follow(db, before, new.as_ref()))?;
+        Db::within(|db| directive::follow(db, before, new.as_ref()))?;
         Ok(None)
     })
 }

@@ -2,35 +2,80 @@
 //! direct writes as for the functions.
 
 pub mod board;
+pub mod ddl;
 pub mod directive;
 pub mod guard;
 pub mod history;
 pub mod mirror;
+pub mod restore;
+mod row;
 pub mod session;
 
 use std::convert::Infallible;
+use std::ffi::{CStr, CString};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use pgrx::datum::{Interval, TimestampWithTimeZone};
-use pgrx::heap_tuple::PgHeapTuple;
-use pgrx::{AllocatedByRust, FromDatum, IntoDatum, PgTrigger, pg_sys};
+use pgrx::{FromDatum, IntoDatum, PgTrigger, pg_sys};
 
 use crate::error::{ClaimError, Result};
-use crate::identity::Role;
+use crate::identity::{self, ActingAs, Role};
+use crate::spi::installation::InTrigger;
 use crate::spi::row::Row as Columns;
 use crate::spi::session::Session;
 use crate::spi::table::layout::sessions;
-use crate::spi::time;
+use crate::spi::{is_running, time};
 
 /// What a trigger function gives back; errors are raised inside.
-type Row<'a> = Result<Option<PgHeapTuple<'a, AllocatedByRust>>, Infallible>;
+type Row<'a> = Result<Option<row::Given<'a>>, Infallible>;
 
 /// Runs a trigger's work, raising its error with SQLSTATE, DETAIL and HINT intact.
-fn run<'a>(work: impl FnOnce() -> Result<Option<PgHeapTuple<'a, AllocatedByRust>>>) -> Row<'a> {
+fn run<'a>(work: impl FnOnce() -> Result<Option<row::Given<'a>>>) -> Row<'a> {
+    let _in_trigger = InTrigger::new();
     match work() {
         Ok(row) => Ok(row),
         Err(error) => error.raise(),
     }
+}
+
+/// The extension's tables whose triggers have the rights of its owner.
+const OWN_TABLES: [&CStr; 6] = [
+    c"claude_sessions",
+    c"sd_claims",
+    c"session_lifecycle_events",
+    c"lifecycle_event_positions",
+    c"event_frontier",
+    c"directive_binding",
+];
+
+/// The same for a trigger on one of the extension's tables, with the rights of its owner. A role that may call the function
+/// could put it on a table of its own, and would invent the rows that the function believes: that is an error.
+fn run_on_own_table<'a>(
+    trigger: &PgTrigger<'_>,
+    work: impl FnOnce() -> Result<Option<row::Given<'a>>>,
+) -> Row<'a> {
+    run_as_owner(trigger, || {
+        let table = trigger.relid()?;
+        // SAFETY: the server gives the trigger that it has called; looks names up in the catalogue.
+        let is_own = unsafe {
+            let schema = pg_sys::get_func_namespace((*trigger.trigger_data().tg_trigger).tgfoid);
+            OWN_TABLES.iter().any(|name| pg_sys::get_relname_relid(name.as_ptr(), schema) == table)
+        };
+        if is_own { work() } else { Err(ClaimError::NotOwnTable { table: trigger.table_name()? }) }
+    })
+}
+
+/// The same with the rights of the extension's owner: whoever writes the table may do nothing with others.
+fn run_as_owner<'a>(
+    trigger: &PgTrigger<'_>,
+    work: impl FnOnce() -> Result<Option<row::Given<'a>>>,
+) -> Row<'a> {
+    // SAFETY: the server gives the trigger that it has called, which names its function.
+    let function = unsafe { (*trigger.trigger_data().tg_trigger).tgfoid };
+    run(|| {
+        let _acting = ActingAs::extension_owner(function)?;
+        work()
+    })
 }
 
 /// A row of claude_sessions in one of its triggers.
@@ -64,8 +109,14 @@ impl SessionTuple {
         self.get(position, T::type_oid())
     }
 
-    fn owner_role(&self) -> Result<Option<pg_sys::Oid>> {
-        self.get(sessions::OWNER_ROLE, pg_sys::REGROLEOID)
+    /// The name of the role that it belongs to.
+    fn owner_role(&self) -> Option<CString> {
+        // SAFETY: the server gives a tuple of the relation's row type; what it returns is a null-terminated
+        // copy, or null for NULL.
+        unsafe {
+            let value = pg_sys::SPI_getvalue(self.tuple, self.columns, sessions::OWNER_ROLE as i32);
+            (!value.is_null()).then(|| CStr::from_ptr(value).to_owned())
+        }
     }
 }
 
@@ -86,8 +137,8 @@ impl Columns for SessionTuple {
         Ok(self.column::<Interval>(position)?.map(|interval| time::from_interval(&interval)))
     }
 
-    fn role(&self, position: usize, what: &'static str) -> Result<Role> {
-        self.get(position, pg_sys::REGROLEOID)?.map(Role).ok_or(ClaimError::Corrupt { what })
+    fn role(&self, position: usize) -> Result<Role> {
+        Ok(self.get(position, pg_sys::OIDOID)?.map_or(Role::NOBODY, Role))
     }
 
     fn flag(&self, position: usize) -> Result<bool> {
@@ -101,17 +152,31 @@ fn session_rows(trigger: &PgTrigger<'_>) -> Result<(Option<Session>, Option<Sess
     Ok((read(Side::Old)?, read(Side::New)?))
 }
 
-/// Whether a dump is being restored, whose rows bring along what belongs to them. Every script of
-/// pg_dump's begins by turning check_function_bodies and row_security off and warnings on, which
-/// nobody else does around writes; and a restore is run by whoever may do everything to the extension's
-/// tables anyway, which for a trigger that runs as their owner is the current user.
+/// Whether a dump is being restored, whose rows bring along what belongs to them. A restore is run by whoever
+/// may do everything to the extension's tables anyway. A function that is called after it on the same connection writes no dump.
 fn is_restoring() -> bool {
-    // SAFETY: reads settings of this backend and asks about its roles.
+    // SAFETY: asks about this backend's roles.
+    reads_dump() && !is_running() && may_restore(unsafe { pg_sys::GetUserId() })
+}
+
+/// Whether the rows of a table of `owner`'s may come from a dump: who calls must have that role's rights, and so must
+/// whoever is logged in, as a SECURITY DEFINER function has its owner's and restores nothing.
+fn may_restore(owner: pg_sys::Oid) -> bool {
+    // SAFETY: asks about this backend's roles.
+    unsafe {
+        pg_sys::has_privs_of_role(identity::caller().0, owner)
+            && pg_sys::has_privs_of_role(pg_sys::GetOuterUserId(), owner)
+    }
+}
+
+/// Whether the settings are those of a dump's script. Each of pg_dump's begins by turning check_function_bodies
+/// and row_security off and warnings on, which nobody else does around writes. Anybody may.
+fn reads_dump() -> bool {
+    // SAFETY: reads settings of this backend.
     unsafe {
         !pg_sys::check_function_bodies
             && !pg_sys::row_security
             && pg_sys::client_min_messages == pg_sys::WARNING as i32
-            && pg_sys::has_privs_of_role(pg_sys::GetOuterUserId(), pg_sys::GetUserId())
     }
 }
 
@@ -137,21 +202,11 @@ fn text_of(trigger: &PgTrigger<'_>, side: Side, column: &str) -> Result<Option<S
     let Some(tuple) = tuple_of(trigger, side) else {
         return Ok(None);
     };
-    let data = trigger.trigger_data();
-    let gone = || ClaimError::ColumnGone {
-        table: trigger.table_name().unwrap_or_default(),
-        column: column.to_owned(),
-    };
-    let name = std::ffi::CString::new(column).map_err(|_| gone())?;
+    let number = row::position_of(trigger, column)?;
     // SAFETY: in a row trigger the server gives a valid relation and tuples of its row type;
-    // SPI_getvalue returns a palloc'd, null-terminated string, or null for NULL (SPI_fnumber's
-    // error codes are not positive).
+    // SPI_getvalue returns a palloc'd, null-terminated string, or null for NULL.
     unsafe {
-        let descriptor = (*data.tg_relation).rd_att;
-        let number = pg_sys::SPI_fnumber(descriptor, name.as_ptr());
-        if number <= 0 {
-            return Err(gone());
-        }
+        let descriptor = (*trigger.trigger_data().tg_relation).rd_att;
         let value = pg_sys::SPI_getvalue(tuple, descriptor, number);
         if value.is_null() {
             return Ok(None);

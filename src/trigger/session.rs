@@ -2,58 +2,103 @@
 
 use pg_claims_core::refusal::Refusal;
 use pg_claims_core::{id, text};
-use pgrx::heap_tuple::PgHeapTuple;
+use pgrx::PgSqlErrorCode;
 use pgrx::prelude::*;
-use pgrx::{AllocatedByRust, PgSqlErrorCode};
 
 use chrono::TimeDelta;
 
 use super::board::check_finite;
-use super::{Row, SessionTuple, Side, is_restoring, run};
+use super::row::{self, Value};
+use super::{Row, SessionTuple, Side, is_restoring, run, run_on_own_table};
 use crate::error::{ClaimError, Result};
-use crate::spi::claim::{self, Picture};
+use crate::identity::Role;
+use crate::spi::claim::{self, Picture, contradiction};
 use crate::spi::row::Row as _;
 use crate::spi::session::Session;
+use crate::spi::table::Wait;
 use crate::spi::table::layout::sessions as column;
-use crate::spi::{Db, conflict, directive, time};
+use crate::spi::{Db, conflict, directive, guard, time};
 
 /// The reason recorded for a claim that ended by a direct write that gave none.
 const DIRECT_WRITE: &str = "direct_write";
 
 #[pg_trigger]
 pub fn complete_session_write<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
-    run(|| {
+    run_on_own_table(trigger, || {
         let old =
             SessionTuple::of(trigger, Side::Old).map(|row| Session::read(&row)).transpose()?;
-        let (Some(tuple), Some(columns)) = (trigger.new(), SessionTuple::of(trigger, Side::New))
-        else {
+        if let (Some(old), None) = (&old, trigger.new()) {
+            lock_claim(old)?;
+            return Ok(row::unchanged(trigger));
+        }
+        let Some(columns) = SessionTuple::of(trigger, Side::New) else {
             return Ok(None);
         };
         if columns.text(column::SESSION_ID)?.is_none()
             || columns.text(column::STATUS)?.is_none()
             || columns.instant(column::HEARTBEAT_AT)?.is_none()
-            || columns.owner_role()?.is_none()
+            || columns.owner_role().is_none()
         {
             // The table's NOT NULL constraints say it best.
-            return Ok(Some(tuple.into_owned()));
+            return Ok(row::unchanged(trigger));
         }
         let new = Session::read(&columns)?;
-        check_values(&columns, &new)?;
+        let before = SessionTuple::of(trigger, Side::Old);
+        check_finite(before.as_ref(), &columns)?;
+        check_values(old.as_ref(), &new)?;
         let whole = match &old {
             None => complete_insert(&new)?,
             Some(old) => complete_update(old, &new)?,
         };
-        let mut tuple = tuple.into_owned();
-        if let Some(whole) = whole {
-            write(&mut tuple, &whole)?;
+        let mut values = whole.map_or_else(Vec::new, values_of);
+        if let Some(owner) = owner_of(before.as_ref(), &columns)? {
+            values.push(("owner_oid", Value::Role(owner)));
         }
-        Ok(Some(tuple))
+        row::changed(trigger, values)
     })
 }
 
-/// What no row may say, whoever writes it. What comes of a claim is a constraint of the table's.
-fn check_values(tuple: &SessionTuple, row: &Session) -> Result<()> {
-    check_finite(tuple)?;
+/// A replicated row: whose the session is goes by the role's name.
+#[pg_trigger]
+pub fn own_replicated_session<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
+    run(|| {
+        let Some(columns) = SessionTuple::of(trigger, Side::New) else { return Ok(None) };
+        let owner = owner_of(SessionTuple::of(trigger, Side::Old).as_ref(), &columns)?;
+        row::changed(
+            trigger,
+            owner.map(|owner| ("owner_oid", Value::Role(owner))).into_iter().collect(),
+        )
+    })
+}
+
+/// Whose the session is to be, if that is not what the row says: the role of the name that was written. The
+/// number in a dump is that of some other server's role.
+fn owner_of(old: Option<&SessionTuple>, new: &SessionTuple) -> Result<Option<Role>> {
+    let (name, owner) = (new.owner_role(), new.role(column::OWNER_OID)?);
+    if let Some(old) = old
+        && old.owner_role() == name
+        && old.role(column::OWNER_OID)? == owner
+    {
+        return Ok(None);
+    }
+    let name = name.unwrap_or_default();
+    let named = match Role::named(&name) {
+        Some(role) => role,
+        None if is_restoring() || time::is_replica() => Role::NOBODY,
+        None => {
+            return Err(ClaimError::DirectWrite {
+                code: PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT,
+                message: format!("role \"{}\" does not exist", name.to_string_lossy()),
+                detail: None,
+                hint: "Write the name of a role to owner_role, or call assign_sessions().",
+            });
+        }
+    };
+    Ok((named != owner).then_some(named))
+}
+
+/// What no row may come to say, whoever writes it. What comes of a claim is a constraint of the table's.
+fn check_values(old: Option<&Session>, row: &Session) -> Result<()> {
     let refused = |message: String, hint| ClaimError::DirectWrite {
         code: PgSqlErrorCode::ERRCODE_CHECK_VIOLATION,
         message,
@@ -64,7 +109,9 @@ fn check_values(tuple: &SessionTuple, row: &Session) -> Result<()> {
         let message = format!("a session cannot be \"{}\"", row.status);
         return Err(refused(message, "Write active, idle or released; stale is never stored."));
     }
-    if row.stale_after.is_some_and(|lease| lease <= TimeDelta::zero()) {
+    if old.is_none_or(|old| old.stale_after != row.stale_after)
+        && row.stale_after.is_some_and(|lease| lease <= TimeDelta::zero())
+    {
         return Err(refused(
             "a lease must be longer than nothing".into(),
             "Write NULL for the usual one.",
@@ -89,7 +136,7 @@ fn complete_insert(new: &Session) -> Result<Option<Session>> {
     if new.status == "released" {
         return Err(contradiction(new));
     }
-    claim_by_hand(new, sd_id, &[]).map(Some)
+    claim_by_hand(new, sd_id, None).map(Some)
 }
 
 fn complete_update(old: &Session, new: &Session) -> Result<Option<Session>> {
@@ -104,14 +151,14 @@ fn complete_update(old: &Session, new: &Session) -> Result<Option<Session>> {
     let mut whole = new.clone();
     match (&old.sd_id, &new.sd_id) {
         // A claim that goes on, unless the new status says that the session stops working.
-        (Some(_), Some(sd_id)) if new.sd_id == old.sd_id => {
+        (Some(_), Some(_)) if new.sd_id == old.sd_id => {
             if new.claim_id != old.claim_id || new.claimed_at != old.claimed_at {
                 return Err(claim_id_is_assigned(new));
             }
             if new.status == "active" {
                 return Ok(None);
             }
-            Db::connect(|db| directive::lock(db, vec![sd_id.clone()]))?;
+            lock_claim(old)?;
             let_go(old, &mut whole);
         }
         (_, Some(sd_id)) => {
@@ -126,14 +173,13 @@ fn complete_update(old: &Session, new: &Session) -> Result<Option<Session>> {
             if new.status == "released" || (new.status == "idle" && old.status != "idle") {
                 return Err(contradiction(new));
             }
-            let given_up: Vec<&str> = old.sd_id.as_deref().into_iter().collect();
-            whole = claim_by_hand(new, sd_id, &given_up)?;
+            whole = claim_by_hand(new, sd_id, old.claim())?;
         }
-        (Some(sd_id), None) => {
+        (Some(_), None) => {
             if claim::is_ending() {
                 return Ok(None);
             }
-            Db::connect(|db| directive::lock(db, vec![sd_id.clone()]))?;
+            lock_claim(old)?;
             let_go(old, &mut whole);
         }
         (None, None) => {
@@ -152,19 +198,33 @@ fn complete_update(old: &Session, new: &Session) -> Result<Option<Session>> {
     Ok((whole != *new).then_some(whole))
 }
 
+/// Locks the SD that the session holds and its acquisition. The session's row is locked already, which is against
+/// the order of locks: see [`wait`](crate::spi::wait).
+fn lock_claim(row: &Session) -> Result<()> {
+    let Some((sd_id, claim_id)) = row.claim() else {
+        return Ok(());
+    };
+    Db::within(|db| {
+        directive::lock(db, vec![sd_id.to_owned()])?;
+        guard::exclude(db, claim_id)
+    })
+}
+
 /// Takes the claim out of the row and says when and why.
 fn let_go(old: &Session, row: &mut Session) {
     row.sd_id = None;
     row.claim_id = None;
     row.claimed_at = None;
     row.track = None;
+    // What was announced, was announced for the claim.
+    row.silent_until = None;
     if row.status == "active" {
         row.status = "idle".into();
     }
     row.lost_claim_id = old.claim_id;
     row.lost_to = None;
     // By the server's clock, whatever was written there.
-    row.released_at = Some(time::now());
+    row.released_at = Some(old.moment());
     if row.release_reason == old.release_reason || row.release_reason.is_none() {
         row.release_reason = Some(DIRECT_WRITE.into());
     }
@@ -172,20 +232,23 @@ fn let_go(old: &Session, row: &mut Session) {
 
 /// Checks a claim that was written by hand and gives it its token and time. The acquisition itself
 /// is opened once the row is written: an INSERT … ON CONFLICT may yet leave this row out.
-fn claim_by_hand(row: &Session, sd_id: &str, given_up: &[&str]) -> Result<Session> {
+fn claim_by_hand(row: &Session, sd_id: &str, given_up: Option<(&str, i64)>) -> Result<Session> {
     id::check(Some(sd_id)).map_err(|rule| ClaimError::InvalidId { argument: "sd_id", rule })?;
-    Db::connect(|db| {
+    Db::within(|db| {
         let canonical = match claim::look(db, None, sd_id)?.sd {
             Some(sd) => sd.sd_id,
             None => return Err(unknown_sd(sd_id)),
         };
-        let mut concerned: Vec<String> = given_up.iter().map(|sd| (*sd).to_owned()).collect();
+        let mut concerned: Vec<String> =
+            given_up.iter().map(|(sd_id, _)| (*sd_id).to_owned()).collect();
         concerned.push(canonical.clone());
         if !directive::lock(db, concerned)?.contains(&canonical) {
             // Whoever was waited for has deleted it, or put another row in its place.
             return Err(replaced_sd(sd_id));
         }
         claim::see_latest(db, &canonical)?;
+        claim::see_latest_stops(db, &canonical)?;
+        contradiction::settle(db, &canonical, Wait::Block)?;
 
         // Look again: whoever was waited for may have finished or claimed the SD.
         let picture = claim::look(db, None, &canonical)?;
@@ -197,14 +260,23 @@ fn claim_by_hand(row: &Session, sd_id: &str, given_up: &[&str]) -> Result<Sessio
         if picture.owner.as_ref().is_some_and(|(owner, _)| owner.session_id != row.session_id) {
             return Err(picture.claimed_by_another(sd_id));
         }
+        if let Some((_, claim_id)) = given_up {
+            guard::exclude(db, claim_id)?;
+        }
+        // After all that had to be waited for.
+        let mut claimed_at = row.moment();
         let now = time::now();
+        if claimed_at > now || row.heartbeat_at > now {
+            claimed_at = claim::not_before_the_last(db, &canonical, claimed_at)?;
+        }
         Ok(Session {
             sd_id: Some(canonical),
             claim_id: Some(claim::next_id(db)?),
-            claimed_at: Some(now),
+            claimed_at: Some(claimed_at),
             // A claim is a sign of life.
             heartbeat_at: row.heartbeat_at.max(now),
             status: "active".into(),
+            silent_until: row.silent_until.filter(|_| given_up.is_none()),
             lost_claim_id: None,
             lost_to: None,
             ..row.clone()
@@ -236,20 +308,22 @@ fn refused(refusal: &Refusal) -> ClaimError {
     }
 }
 
-fn write(tuple: &mut PgHeapTuple<'_, AllocatedByRust>, row: &Session) -> Result<()> {
-    let instant = |at: Option<_>| at.map(time::to_server).transpose();
-    tuple.set_by_name("sd_id", row.sd_id.clone())?;
-    tuple.set_by_name("claim_id", row.claim_id)?;
-    tuple.set_by_name("claimed_at", instant(row.claimed_at)?)?;
-    tuple.set_by_name("track", row.track.clone())?;
-    tuple.set_by_name("status", row.status.clone())?;
-    tuple.set_by_name("released_at", instant(row.released_at)?)?;
-    tuple.set_by_name("release_reason", row.release_reason.clone())?;
-    tuple.set_by_name("lost_claim_id", row.lost_claim_id)?;
-    tuple.set_by_name("lost_to", row.lost_to.clone())?;
-    tuple.set_by_name("heartbeat_at", instant(Some(row.heartbeat_at))?)?;
-    tuple.set_by_name("updated_at", time::to_server(time::now())?)?;
-    Ok(())
+/// The columns that make a session's row whole.
+fn values_of(row: Session) -> Vec<(&'static str, Value)> {
+    vec![
+        ("sd_id", Value::Text(row.sd_id)),
+        ("claim_id", Value::Bigint(row.claim_id)),
+        ("claimed_at", Value::Instant(row.claimed_at)),
+        ("track", Value::Text(row.track)),
+        ("status", Value::Text(Some(row.status))),
+        ("silent_until", Value::Instant(row.silent_until)),
+        ("released_at", Value::Instant(row.released_at)),
+        ("release_reason", Value::Text(row.release_reason)),
+        ("lost_claim_id", Value::Bigint(row.lost_claim_id)),
+        ("lost_to", Value::Text(row.lost_to)),
+        ("heartbeat_at", Value::Instant(Some(row.heartbeat_at))),
+        ("updated_at", Value::Instant(Some(time::now()))),
+    ]
 }
 
 fn claim_id_is_assigned(row: &Session) -> ClaimError {

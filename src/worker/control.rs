@@ -20,7 +20,7 @@ use crate::service;
 pub const MAX_DATABASES: usize = 256;
 
 /// Tells this version's memory from any other's.
-const MAGIC: u64 = 0x7067_636c_6169_6d01;
+const MAGIC: u64 = 0x7067_636c_6169_6d02;
 
 /// What the launcher's `application_name` begins with; the handle follows.
 const NAME_PREFIX: &str = "pg_claims launcher ";
@@ -63,6 +63,8 @@ pub struct Slot {
     turns: AtomicU32,
     /// The claim at which the reaper was last; the next worker goes on behind it.
     reaped_to: AtomicI64,
+    /// When the names of renamed roles were last written, in the server's microseconds.
+    renamed_at: AtomicI64,
 }
 
 /// What is known of a database.
@@ -168,6 +170,16 @@ impl Slot {
         self.reaped_to.store(claim_id, ORDER);
     }
 
+    /// When the names of renamed roles were last written, in the server's microseconds.
+    pub fn renamed_at(&self) -> i64 {
+        self.renamed_at.load(ORDER)
+    }
+
+    /// Remembers when the names of renamed roles were written.
+    pub fn set_renamed_at(&self, at: i64) {
+        self.renamed_at.store(at, ORDER);
+    }
+
     fn clear(&self, database: u32) {
         self.database.store(0, ORDER);
         self.kind.store(0, ORDER);
@@ -175,6 +187,7 @@ impl Slot {
         self.running.store(false, ORDER);
         self.interval.store(0, ORDER);
         self.reaped_to.store(0, ORDER);
+        self.renamed_at.store(0, ORDER);
         self.worker_latch.store(0, ORDER);
         self.database.store(database, ORDER);
     }

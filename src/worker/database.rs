@@ -10,6 +10,8 @@ use super::process;
 use super::round::{self, Round, Stay};
 use crate::board;
 use crate::guc;
+use crate::identity;
+use crate::spi::installation::InUse;
 
 /// How long the worker waits for more before it ends: long enough to spare a process for each
 /// transaction under load, short enough for `DROP DATABASE`, which waits five seconds for it.
@@ -70,6 +72,7 @@ pub extern "C-unwind" fn pg_claims_worker_main(argument: pg_sys::Datum) {
     // SAFETY: the process's own latch.
     slot.set_worker_latch(unsafe { pg_sys::MyLatch });
     set_settings();
+    identity::watch_renames();
     let stay = Stay { control, slot, began: Instant::now() };
     // Where the work could not be done, or the process is terminated, the slot goes on saying that a
     // worker runs, by which the launcher knows that it must start another.
@@ -91,9 +94,15 @@ fn work(stay: &Stay<'_>) -> bool {
     let mut quiet_since = Instant::now();
     while quiet_since.elapsed() < LINGER && stay.began.elapsed() < LONGEST_STAY {
         let was_pending = slot.take_pending();
-        match round::is_installed() {
-            Some(true) => slot.set_kind(Kind::Served),
-            Some(false) => {
+        match round::look() {
+            Some(InUse::Since(_)) => slot.set_kind(Kind::Served),
+            Some(InUse::NotYet) => {
+                // Whoever uses it first tells so.
+                slot.set_kind(Kind::Served);
+                slot.set_interval(None);
+                return true;
+            }
+            Some(InUse::NotInstalled) => {
                 slot.set_kind(Kind::Other);
                 board::remove_others(None);
                 return true;

@@ -9,6 +9,7 @@ use super::control::{self, Control, Kind, MAX_DATABASES, Slot};
 use super::process;
 use crate::board;
 use crate::guc;
+use crate::identity;
 
 /// How often a database is visited in which time alone can change nothing: for settings that an
 /// operator has changed there, and for pruning.
@@ -90,6 +91,7 @@ pub extern "C-unwind" fn pg_claims_launcher_main(_argument: pg_sys::Datum) {
         return;
     }
     let control = control::create();
+    identity::watch_renames();
     let mut visits: Vec<Visit> = Vec::new();
     let mut scanned_at: Option<Instant> = None;
     loop {
@@ -100,6 +102,11 @@ pub extern "C-unwind" fn pg_claims_launcher_main(_argument: pg_sys::Datum) {
             rescan(control, &mut visits);
             scanned_at = Some(Instant::now());
         }
+        if has_heard_of_renames() {
+            for slot in control.slots() {
+                slot.set_renamed_at(0);
+            }
+        }
         let next = serve(control, &mut visits);
         process::idle();
         if process::wait(next) {
@@ -109,6 +116,16 @@ pub extern "C-unwind" fn pg_claims_launcher_main(_argument: pg_sys::Datum) {
             }
         }
     }
+}
+
+/// Whether a role was renamed, which database workers mostly do not live to hear of.
+fn has_heard_of_renames() -> bool {
+    // SAFETY: a transaction begins with hearing what was changed; none is open between two rounds.
+    unsafe {
+        pg_sys::StartTransactionCommand();
+        pg_sys::CommitTransactionCommand();
+    }
+    identity::take_renamed()
 }
 
 fn hold_singleton() -> bool {

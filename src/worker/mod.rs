@@ -10,11 +10,13 @@
 //! (see `control`), which needs no preloading either.
 
 mod child;
+mod connections;
 mod control;
 mod database;
 mod launcher;
 mod process;
 mod round;
+mod settle;
 mod step;
 pub mod wake;
 

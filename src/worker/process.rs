@@ -102,11 +102,20 @@ pub fn idle() {
 
 /// Makes this transaction's commit wait until it is durable.
 pub fn commit_durably() {
+    set_locally(c"synchronous_commit", c"local");
+}
+
+/// Has this transaction give up soon where it would have to wait: sooner than who waits for it looks for a circle.
+pub fn give_way() {
+    set_locally(c"lock_timeout", c"100ms");
+}
+
+fn set_locally(name: &CStr, value: &CStr) {
     // SAFETY: null-terminated strings; local to the transaction.
     unsafe {
         pg_sys::set_config_option(
-            c"synchronous_commit".as_ptr(),
-            c"local".as_ptr(),
+            name.as_ptr(),
+            value.as_ptr(),
             pg_sys::GucContext::PGC_SUSET,
             pg_sys::GucSource::PGC_S_OVERRIDE,
             pg_sys::GucAction::GUC_ACTION_LOCAL,

@@ -9,22 +9,24 @@ use std::time::{Duration, Instant};
 use chrono::TimeDelta;
 use pg_claims_core::batch::Batch;
 
+use super::connections;
 use super::control::{Control, Slot};
 use super::process;
-use super::step::{STEP_LIMIT, note, step, try_step};
+use super::settle;
+use super::step::{STEP_LIMIT, note, step, try_look, try_step};
 use crate::board;
-use crate::error::{ClaimError, Result};
+use crate::error::Result;
 use crate::guc;
-use crate::service;
+use crate::identity;
 use crate::spi::claim::reap::{self, Candidate, Policy};
-use crate::spi::manager::{Consequence, Due};
-use crate::spi::{Db, directive, health, heartbeat, manager, order, prune, session, time};
+use crate::spi::installation::{self, InUse};
+use crate::spi::{Db, health, heartbeat, manager, order, prune, session, time};
 
 /// How many claims one scan finds. Each scan reads all open claims, so that few find many.
 const SCAN_BATCH: i32 = 1000;
 
 /// How many claims or rows one transaction takes on.
-const BATCH: i32 = 100;
+pub(super) const BATCH: i32 = 100;
 
 /// How many claims one transaction ends.
 const REAP_BATCH: usize = 25;
@@ -33,7 +35,7 @@ const REAP_BATCH: usize = 25;
 const BATCH_LIMIT: Duration = Duration::from_secs(2);
 
 /// How long ending a single claim may take, after its batch has failed.
-const SINGLE_LIMIT: Duration = Duration::from_secs(1);
+pub(super) const SINGLE_LIMIT: Duration = Duration::from_secs(1);
 
 /// How long heartbeats are written one by one, after their batch has failed: what else there is to do must have
 /// its turn.
@@ -52,17 +54,15 @@ const PRUNE_BATCH: i32 = 1000;
 /// How often history is pruned.
 const PRUNE_INTERVAL: TimeDelta = TimeDelta::hours(1);
 
-/// The reason recorded for a claim whose connection ended.
-const CONNECTION_ENDED: &str = "connection_ended";
+/// How often the names of roles are looked at, in microseconds.
+const RENAME_INTERVAL: i64 = 60_000_000;
 
-/// Whether the database has the extension; `None` if that cannot be told.
-pub fn is_installed() -> Option<bool> {
-    let mut run = health::Run::default();
-    step(&mut run, c"looking for the extension", |db| match db.catalog() {
-        Ok(_) => Ok(true),
-        Err(ClaimError::NotInstalled) => Ok(false),
-        Err(error) => Err(error),
-    })
+/// What the database is to the worker; `None` if that cannot be told. Keeps no lock while it looks, as somebody
+/// may be dropping the extension.
+pub fn look() -> Option<InUse> {
+    let look = |_: &Db<'_>| Ok(installation::in_use());
+    let found = try_look(STEP_LIMIT, c"looking for the extension", look);
+    found.map_err(|error| note(&mut health::Run::default(), error)).ok()
 }
 
 /// How long the worker may stay.
@@ -124,11 +124,13 @@ impl<'c> Round<'c> {
     pub fn run(&mut self) -> bool {
         let start = Instant::now();
         self.stay.slot.take_turn();
-        let mut done = tend_connections(&mut self.run);
+        let mut done = connections::tend(&mut self.run);
         if self.is_reaping_due() {
             self.reaped_at = Some(Instant::now());
             done |= write_board(self.stay, &mut self.run);
             done |= attend_claims(self.stay, &mut self.run);
+            done |= settle::contradictions(self.stay, &mut self.run);
+            follow_renames(self.stay.slot, &mut self.run);
             self.prune();
         }
         done |= self.announce();
@@ -209,100 +211,21 @@ impl<'c> Round<'c> {
     }
 }
 
+/// Writes the names of roles that have been renamed: as soon as this process hears of one, and otherwise now and
+/// then, as it does not live for long.
+fn follow_renames(slot: &Slot, run: &mut health::Run) {
+    let now = time::now_in_microseconds();
+    let is_due =
+        now.saturating_sub(slot.renamed_at()) >= RENAME_INTERVAL || slot.renamed_at() > now;
+    if (identity::take_renamed() || is_due)
+        && step(run, c"pg_claims: following renamed roles", session::follow_renames).is_some()
+    {
+        slot.set_renamed_at(now);
+    }
+}
+
 fn reap_interval() -> Duration {
     guc::reap_interval().to_std().unwrap_or_default()
-}
-
-/// Beats for the connections whose heartbeat is due.
-fn beat_connections(run: &mut health::Run) -> bool {
-    let due = step(run, c"pg_claims: looking for due heartbeats", manager::due).unwrap_or_default();
-    let mut any = false;
-    for due in &due {
-        let outcome =
-            try_step(STEP_LIMIT, c"pg_claims: beating for connections", |db| beat(db, due));
-        let failure = match outcome {
-            Ok(Beaten::Yes) => {
-                any = true;
-                continue;
-            }
-            Ok(Beaten::PutOff) => continue,
-            Ok(Beaten::No(reason)) => reason.to_owned(),
-            Err(error) => {
-                note(run, error.clone());
-                error
-            }
-        };
-        any = true;
-        step(run, c"pg_claims: counting a failed heartbeat", |db| {
-            manager::failed(db, due.connection, &failure)
-        });
-    }
-    any
-}
-
-/// What came of a heartbeat.
-enum Beaten {
-    Yes,
-    /// Whoever writes the session keeps everybody else from taking anything from it, so that this is
-    /// neither a heartbeat nor a failure: the next visit tries again.
-    PutOff,
-    /// It cannot be.
-    No(&'static str),
-}
-
-/// Beats for one connection.
-fn beat(db: &Db<'_>, due: &Due) -> Result<Beaten> {
-    // Where the board knows the session, its heartbeat takes no write.
-    if let Some(session) = session::find(db, &due.session_id)?
-        && !session.is_released()
-        && let Some(beat) = heartbeat::beat_on_board(&due.session_id, session.owner_role, None)
-    {
-        manager::succeeded(db, due.connection, beat.heartbeat_at)?;
-        return Ok(Beaten::Yes);
-    }
-    let session_ids = [due.session_id.clone()];
-    let Some((_, found)) = heartbeat::beat_many(db, &session_ids)?.pop() else {
-        return Ok(Beaten::PutOff);
-    };
-    Ok(match found {
-        heartbeat::Found::Beaten(beat, _) => {
-            manager::succeeded(db, due.connection, beat.heartbeat_at)?;
-            Beaten::Yes
-        }
-        heartbeat::Found::Busy => Beaten::PutOff,
-        heartbeat::Found::Unknown => Beaten::No("the session does not exist any more"),
-        heartbeat::Found::Released => Beaten::No("the session has ended"),
-    })
-}
-
-/// Forgets connections that have ended, and releases what they held if a setting says so.
-fn release_ended_connections(run: &mut health::Run) -> bool {
-    // Just beginning; the next look is soon.
-    let Some(server_run) = service::run() else { return false };
-    let ended =
-        step(run, c"pg_claims: looking for ended connections", manager::ended).unwrap_or_default();
-    for ended in &ended {
-        step(run, c"pg_claims: forgetting ended connections", |db| {
-            match manager::forget(db, ended, server_run)? {
-                Consequence::Release => {}
-                Consequence::Kept(why) => {
-                    pgrx::log!(
-                        "pg_claims: a connection of session \"{}\" has ended; its claim is kept, as {why}",
-                        ended.session_id
-                    );
-                    return Ok(());
-                }
-                Consequence::None => return Ok(()),
-            }
-            let Some(found) = session::find(db, &ended.session_id)? else { return Ok(()) };
-            if let Some((sd_id, claim_id)) = found.sd_id.zip(found.claim_id) {
-                directive::lock(db, vec![sd_id])?;
-                session::let_go(db, &ended.session_id, claim_id, CONNECTION_ENDED, true)?;
-            }
-            Ok(())
-        });
-    }
-    !ended.is_empty()
 }
 
 /// What the worker does with the heartbeat board.
@@ -327,7 +250,7 @@ fn write_heartbeats(stay: &Stay<'_>, run: &mut health::Run) -> bool {
         // Noted only once it is committed; each step is a transaction.
         let noted = try_step(STEP_LIMIT, WRITING, |db| heartbeat::write(db, &unwritten))
             .map(heartbeat::Written::note);
-        tend_connections(run);
+        connections::tend(run);
         match noted {
             Ok(true) if stay.is_over() => return true,
             Ok(true) => any = true,
@@ -348,7 +271,7 @@ fn write_singly(stay: &Stay<'_>, run: &mut health::Run, unwritten: &[(String, i6
             Ok(written) => any |= written.note(),
             Err(error) => note(run, error),
         }
-        tend_connections(run);
+        connections::tend(run);
         if begin.elapsed() >= SINGLY_LIMIT || stay.is_over() {
             break;
         }
@@ -404,7 +327,7 @@ fn attend_between(stay: &Stay<'_>, run: &mut health::Run, mut after: i64, up_to:
             if !attend_batch(stay, run, due, policy) {
                 return Attended::BrokenOff;
             }
-            tend_connections(run);
+            connections::tend(run);
         }
         if is_last {
             break;
@@ -438,19 +361,12 @@ fn attend_batch(
             Err(error) => note(run, error),
         }
         stay.slot.set_reaped_to(one.claim_id);
-        tend_connections(run);
+        connections::tend(run);
         if stay.is_over() {
             return false;
         }
     }
     true
-}
-
-/// Forgets connections that have ended, and beats for the others: in this order, so that nobody beats
-/// for a connection that is not there any more.
-fn tend_connections(run: &mut health::Run) -> bool {
-    let ended = release_ended_connections(run);
-    beat_connections(run) || ended
 }
 
 /// Removes old history, and ends sessions that nobody comes back to.
@@ -487,7 +403,7 @@ fn prune_all(
     let mut from = Some(0);
     while let Some(position) = from {
         slot.take_turn();
-        tend_connections(run);
+        connections::tend(run);
         from = step(run, what, |db| prune(db, position)).and_then(|stretch| stretch.next);
     }
 }

@@ -39,6 +39,11 @@ pub(super) fn is_worker() {
     IS_WORKER.set(true);
 }
 
+/// Whether this process is a worker.
+pub fn is_this_worker() -> bool {
+    IS_WORKER.get()
+}
+
 /// Wakes the worker when the transaction has been committed.
 pub fn at_commit() {
     WANTED.set(true);

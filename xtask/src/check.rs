@@ -13,9 +13,7 @@ use crate::setup::{self, Choice};
 pub fn run(layout: &Layout) -> Result<()> {
     let _lock = Lock::take(layout)?;
     // The extension's build reads a server's headers.
-    let choice = Choice::Version(15);
-    let server = setup::server(layout, &choice)?;
-    let home = setup::extension::pgrx_home(layout, "pg15", server.pg_config())?;
+    let server = setup::server(layout, &Choice::DEFAULT)?;
     let steps: [&[&str]; 3] = [
         &["fmt", "--all", "--check"],
         &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"],
@@ -26,7 +24,6 @@ pub fn run(layout: &Layout) -> Result<()> {
         let status = Command::new(env!("CARGO"))
             .args(step)
             .env("CARGO_TARGET_DIR", layout.target().join("build/check"))
-            .env("PGRX_HOME", &home)
             .env("PGRX_PG_CONFIG_PATH", server.pg_config())
             .env("RUSTDOCFLAGS", "-D warnings")
             .current_dir(layout.root())

@@ -6,17 +6,19 @@
 mod bench;
 mod check;
 mod demo;
+mod fuzz;
 mod interrupt;
 mod layout;
 mod lock;
 mod progress;
 mod setup;
 mod test;
+mod torture;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 
 use crate::layout::Layout;
 use crate::setup::Choice;
@@ -29,17 +31,42 @@ struct Cli {
     command: Command,
 }
 
+/// Which server a command uses.
+#[derive(Args)]
+struct OneServer {
+    /// The PostgreSQL to use: 15 (Debian's), 15-assert (the same with assertions), 16 or 18 (from PyPI).
+    #[arg(long, default_value = "15", conflicts_with = "pg_config", value_parser = setup::provided)]
+    pg: Choice,
+    /// Any other PostgreSQL, by its pg_config; the extension is installed into it.
+    #[arg(long, value_name = "PATH")]
+    pg_config: Option<PathBuf>,
+}
+
+impl OneServer {
+    fn choice(self) -> Choice {
+        self.pg_config.map_or(self.pg, Choice::PgConfig)
+    }
+}
+
+/// For how long a command does things at random.
+#[derive(Args)]
+struct Random {
+    #[command(flatten)]
+    server: OneServer,
+    /// For how long, in seconds.
+    #[arg(long, default_value_t = 600)]
+    seconds: u64,
+    /// Draws the same again as the run that told of this seed.
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
 #[derive(Subcommand)]
 enum Command {
     /// Sets everything up, starts a throw-away server and shows two sessions race for one SD.
     Demo {
-        /// The PostgreSQL to use: 15 (Debian's), 16 or 18 (from PyPI).
-        #[arg(long, default_value = "15", conflicts_with = "pg_config",
-              value_parser = setup::provided_version)]
-        pg: u16,
-        /// Any other PostgreSQL, by its pg_config; the extension is installed into it.
-        #[arg(long, value_name = "PATH")]
-        pg_config: Option<PathBuf>,
+        #[command(flatten)]
+        server: OneServer,
     },
     /// Opens psql on the demo's server.
     Psql {
@@ -51,10 +78,10 @@ enum Command {
     Stop,
     /// Sets everything up and runs every test.
     Test {
-        /// The PostgreSQL versions to test on, separated by commas.
-        /// [default: 15, unless --pg-config names one]
-        #[arg(long, value_delimiter = ',', value_parser = setup::provided_version)]
-        pg: Vec<u16>,
+        /// The PostgreSQL servers to test on, separated by commas: 15 (Debian's), 15-assert (built from its sources
+        /// with assertions), 16 and 18 (from PyPI). [default: 15, unless --pg-config names one]
+        #[arg(long, value_delimiter = ',', value_parser = setup::provided)]
+        pg: Vec<Choice>,
         /// Another PostgreSQL to test on, by its pg_config; the extension is installed into it.
         #[arg(long, value_name = "PATH")]
         pg_config: Option<PathBuf>,
@@ -62,15 +89,20 @@ enum Command {
         #[arg(last = true)]
         arguments: Vec<String>,
     },
+    /// Calls every function with arguments that nobody would give, and lets sqlsmith ask, for so long.
+    Fuzz(Random),
+    /// Lets many clients write at random while connections, workers and the server die, and checks every promise.
+    Torture(Random),
+    /// Builds the extension in release and installs it into a PostgreSQL of yours.
+    Install {
+        /// The PostgreSQL, by its pg_config.
+        #[arg(long, value_name = "PATH", default_value = "pg_config")]
+        pg_config: PathBuf,
+    },
     /// Measures what the extension costs, and writes docs/benchmarks.md.
     Bench {
-        /// The PostgreSQL to use: 15 (Debian's), 16 or 18 (from PyPI).
-        #[arg(long, default_value = "15", conflicts_with = "pg_config",
-              value_parser = setup::provided_version)]
-        pg: u16,
-        /// Any other PostgreSQL, by its pg_config; the extension is installed into it.
-        #[arg(long, value_name = "PATH")]
-        pg_config: Option<PathBuf>,
+        #[command(flatten)]
+        server: OneServer,
         /// A small form that only shows that everything works.
         #[arg(long)]
         quick: bool,
@@ -96,23 +128,29 @@ fn main() -> ExitCode {
 fn run(command: Command) -> anyhow::Result<()> {
     let layout = Layout::of_this_checkout()?;
     match command {
-        Command::Demo { pg, pg_config } => {
-            let choice = pg_config.map_or(Choice::Version(pg), Choice::PgConfig);
-            demo::run(&layout, &choice)
-        }
+        Command::Demo { server } => demo::run(&layout, &server.choice()),
         Command::Psql { arguments } => demo::psql(&layout, &arguments),
         Command::Stop => demo::stop(&layout),
         Command::Test { pg, pg_config, arguments } => {
-            let mut choices: Vec<_> = pg.into_iter().map(Choice::Version).collect();
+            let mut choices = pg;
             choices.extend(pg_config.map(Choice::PgConfig));
             if choices.is_empty() {
-                choices.push(Choice::Version(setup::DEBIAN_VERSION));
+                choices.push(Choice::DEFAULT);
             }
             test::run(&layout, &choices, &arguments)
         }
-        Command::Bench { pg, pg_config, quick, only } => {
-            let choice = pg_config.map_or(Choice::Version(pg), Choice::PgConfig);
-            bench::run(&layout, &choice, &bench::Options { quick, only })
+        Command::Fuzz(Random { server, seconds, seed }) => {
+            fuzz::run(&layout, &server.choice(), seconds, seed)
+        }
+        Command::Torture(Random { server, seconds, seed }) => {
+            torture::run(&layout, &server.choice(), seconds, seed)
+        }
+        Command::Install { pg_config } => setup::install(&layout, &pg_config),
+        Command::Bench { server, quick, only } => {
+            if !bench::IS_OPTIMISED {
+                return bench::run_optimised(&layout);
+            }
+            bench::run(&layout, &server.choice(), &bench::Options { quick, only })
         }
         Command::Check => check::run(&layout),
     }

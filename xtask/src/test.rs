@@ -46,7 +46,7 @@ pub fn run(layout: &Layout, choices: &[Choice], arguments: &[String]) -> Result<
     for (at, choice) in choices.iter().enumerate() {
         // What went wrong with one server says nothing about the next.
         let mut on_tables = |watched: bool| -> Result<()> {
-            let passed = on_choice(layout, choice, watched, arguments);
+            let passed = on_choice(layout, choice, watched, arguments, &[]);
             interrupt::check()?;
             let passed = passed.unwrap_or_else(|error| {
                 eprintln!("\nerror: {error:#}");
@@ -73,13 +73,15 @@ pub fn run(layout: &Layout, choices: &[Choice], arguments: &[String]) -> Result<
     Ok(())
 }
 
-fn on_choice(
+/// Tests the extension on one server, with something more in the environment of the tests.
+pub fn on_choice(
     layout: &Layout,
     choice: &Choice,
     watched: bool,
     arguments: &[String],
+    more: &[(&str, String)],
 ) -> Result<bool> {
-    let installation = setup::run(layout, choice)?;
+    let installation = setup::run(layout, choice)?.under_test();
     interrupt::check()?;
     progress::step(format_args!("testing on {choice}"));
     // Servers that single tests start: those of a killed run are still there.
@@ -92,12 +94,17 @@ fn on_choice(
         (ENV_SOCKET_DIR, server.socket_dir()),
         (ENV_WORK_DIR, work_dir.as_path()),
     ];
+    environment.extend(more.iter().map(|(variable, value)| (*variable, Path::new(value))));
     if watched {
         environment.push((ENV_WATCHED, Path::new("1")));
     }
     let passed = cargo_test(layout, "pg_claims-tests", arguments, &environment);
+    // Servers of single tests have their logs read by those.
+    let without_fault = server.discard().context("the tests' common server");
     Server::remove_leftovers(&installation, &work_dir)?;
-    passed
+    let passed = passed?;
+    without_fault?;
+    Ok(passed)
 }
 
 fn cargo_test(

@@ -1,6 +1,6 @@
 //! Claiming: what is granted, and what must never happen again.
 
-use pg_claims_tests::json;
+use pg_claims_tests::{json, sqlstate};
 use serde_json::{Value, json as literal};
 
 use crate::support::*;
@@ -222,4 +222,23 @@ fn asking_does_not_claim_and_agrees_with_the_claim() {
     assert_eq!(stale["claimed"], false, "a claim would succeed: {stale}");
     assert_eq!(stale["claimedBy"], "s1");
     assert_eq!(claim(&mut c, "SD-1", "s2")["success"], true);
+}
+
+#[test]
+fn a_trigger_that_has_the_session_switch_leaves_no_claim_that_is_over() {
+    let (_db, mut owner) = coordinated();
+    owner
+        .batch_execute(
+            "CREATE TABLE theirs (key text PRIMARY KEY, is_working_on boolean, active_session_id text);
+             INSERT INTO theirs VALUES ('A'), ('B');
+             CREATE FUNCTION switch() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+               IF NEW.key = 'A' AND NEW.is_working_on AND NOT COALESCE(OLD.is_working_on, false)
+               THEN PERFORM public.claim_sd('B', 's1'); END IF; RETURN NULL; END $$;
+             CREATE TRIGGER switch AFTER UPDATE ON theirs FOR EACH ROW EXECUTE FUNCTION switch();
+             SELECT bind_directives('theirs', '{key}')",
+        )
+        .unwrap();
+    let error = owner.batch_execute("SELECT claim_sd('A', 's1')").unwrap_err();
+    assert_eq!(sqlstate(&error), "09000");
+    assert_in_step(&mut owner);
 }

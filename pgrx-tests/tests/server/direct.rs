@@ -1,6 +1,6 @@
 //! The extension writes its own tables directly only as long as nobody can tell the difference.
 
-use pg_claims_tests::{is_watched, json, sqlstate};
+use pg_claims_tests::{TestDb, is_watched, json, sqlstate};
 
 use crate::queue::texts;
 use crate::support::*;
@@ -394,4 +394,75 @@ fn code_in_an_index_of_another_owner_s_backlog_never_runs_with_the_extension_s_r
     let released = o.query("SELECT release_sd('mine')", &[]);
     let strangers = format!("SELECT count(*) FROM theirs.seen WHERE who <> '{owner}'");
     assert_eq!(count(&mut c, &strangers), 0, "{released:?}");
+}
+
+/// Which of the extension's triggers a claim and a release fire: none where the tables are written directly.
+fn fired(db: &TestDb) -> Vec<String> {
+    // A connection of its own has counted no calls yet. First it learns where everything is.
+    let c = &mut db.connect();
+    granted(c, "SD-1", "s1");
+    release(c, "s1");
+    c.batch_execute("BEGIN; SET LOCAL track_functions = 'all'").unwrap();
+    granted(c, "SD-1", "s1");
+    beat(c, "s1");
+    release(c, "s1");
+    let fired = texts(
+        c,
+        "SELECT funcname::text FROM pg_stat_xact_user_functions
+          WHERE funcid IN (SELECT tgfoid FROM pg_trigger) AND funcname <> 'watch' ORDER BY 1",
+    );
+    c.batch_execute("COMMIT").unwrap();
+    fired
+}
+
+#[test]
+fn a_column_that_was_added_and_dropped_again_leaves_the_tables_as_they_were() {
+    let all = ["sd_holds", "sd_conflict_matrix"].into_iter().chain(TABLES);
+    let (db, mut c) = coordinated();
+    let direct = fired(&db);
+    assert_eq!(direct.is_empty(), !is_watched(), "{direct:?}");
+    let told = "SELECT detail FROM coordination_check() WHERE name = 'direct_access'";
+    let told_before = value(&mut c, told);
+    let mut other = db.connect();
+    for table in all {
+        other
+            .batch_execute(&format!(
+                "ALTER TABLE {table} ADD passing text DEFAULT repeat('passing', 10), ADD passing_too integer DEFAULT 7"
+            ))
+            .unwrap();
+        if table == "claude_sessions" {
+            assert!(!fired(&db).is_empty(), "{table}");
+        }
+        // Some rows have these columns in their place, others have them by their defaults only.
+        other
+            .batch_execute(&format!(
+                "UPDATE {table} SET passing = (SELECT string_agg(md5(i::text), '') FROM generate_series(1, 3000) i);
+                 ALTER TABLE {table} DROP passing, DROP passing_too"
+            ))
+            .unwrap();
+    }
+    assert_eq!(fired(&db), direct);
+    assert_eq!(value(&mut c, told), told_before);
+    assert_eq!(claim(&mut c, "SD-1", "s2")["success"], true);
+    assert_eq!(claim(&mut c, "SD-1", "s1")["claimed_by"], "s2");
+    assert_in_step(&mut c);
+    release(&mut c, "s2");
+    // Each once more, in the same place.
+    for table in TABLES {
+        other
+            .batch_execute(&format!(
+                "ALTER TABLE {table} ADD passing integer; ALTER TABLE {table} DROP passing"
+            ))
+            .unwrap();
+    }
+    assert_eq!(fired(&db), direct);
+    // Nor do values stay behind that nobody can see any more.
+    for session in ["s1", "s2", "s3"] {
+        granted(&mut c, "SD-2", session);
+        release(&mut c, session);
+    }
+    other.batch_execute("VACUUM claude_sessions").unwrap();
+    let kept = "SELECT pg_relation_size(reltoastrelid) FROM pg_class WHERE oid = 'claude_sessions'::regclass";
+    assert_eq!(count(&mut c, kept), 0);
+    assert_in_step(&mut c);
 }

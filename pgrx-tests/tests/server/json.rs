@@ -43,7 +43,7 @@ fn metadata_is_read_however_the_server_keeps_it() {
         "CREATE TABLE given (kept text PRIMARY KEY, metadata jsonb);
          INSERT INTO given VALUES
              ('short', '{\"a\": 1}'),
-             ('compressed', jsonb_build_object('a', repeat('x', 100000))),
+             ('compressed', jsonb_build_object('a', repeat('x', 60000))),
              ('apart', (SELECT jsonb_build_object('a', string_agg(md5(n::text), '')) FROM generate_series(1, 1000) n))",
     )
     .unwrap();

@@ -26,8 +26,8 @@ fn a_release_clears_everything() {
 #[test]
 fn any_reason_will_do() {
     let (_db, mut c) = coordinated();
-    let endless = "because ".repeat(2_000);
-    for reason in ["not in any list", "Überfällig ☃", "", "   ", "line\nbreak", endless.as_str()]
+    let longest = "because ".repeat(125);
+    for reason in ["not in any list", "Überfällig ☃", "", "   ", "line\nbreak", longest.as_str()]
     {
         granted(&mut c, "SD-1", "s1");
         let answer = json(&mut c, "SELECT release_sd('s1', $1)", &[&reason]);

@@ -1,7 +1,7 @@
 //! What most tests begin with.
 
-use pg_claims_tests::{TestDb, json};
-use postgres::Client;
+use pg_claims_tests::{Server, TestDb, contradictions, json, own_server};
+use postgres::{Client, NoTls};
 use serde_json::Value;
 
 /// A database with the backlog `SD-1` … `SD-9` and the sessions `s1` … `s3`, none of which has told
@@ -14,6 +14,23 @@ pub fn coordinated() -> (TestDb, Client) {
         register(&mut client, session);
     }
     (db, client)
+}
+
+/// The same on a server of its own, without `s3`.
+pub fn coordinated_server(name: &str, settings: &[&str]) -> (Server, Client) {
+    let server = own_server(name, settings);
+    let mut client = connect_to(&server);
+    client.batch_execute("CREATE EXTENSION pg_claims").unwrap();
+    backlog(&mut client);
+    for session in ["s1", "s2"] {
+        register(&mut client, session);
+    }
+    (server, client)
+}
+
+/// A connection to a server's own database.
+pub fn connect_to(server: &Server) -> Client {
+    server.config("postgres").connect(NoTls).unwrap()
 }
 
 /// SDs `SD-1` … `SD-9` in the extension's own backlog.
@@ -59,6 +76,15 @@ pub fn age_heartbeat(client: &mut Client, session: &str, by: &str) {
         )
         .unwrap();
     assert_eq!(updated, 1);
+}
+
+/// Runs `sql` as a replica: none of the triggers fires but those that always do.
+pub fn as_replica(client: &mut Client, sql: &str) {
+    client
+        .batch_execute(&format!(
+            "SET session_replication_role = replica; {sql}; RESET session_replication_role"
+        ))
+        .unwrap();
 }
 
 /// A trigger of the user's that does not let the SD go.
@@ -108,53 +134,7 @@ pub fn events(client: &mut Client, session: &str) -> Vec<String> {
 
 /// Asserts that sessions, claim history and backlog tell one story, whatever happened before.
 pub fn assert_in_step(client: &mut Client) {
-    let disagreements = client
-        .query(
-            "SELECT 'session without open claim: ' || s.session_id
-               FROM claude_sessions s
-              WHERE s.sd_id IS NOT NULL
-                AND NOT EXISTS (SELECT FROM sd_claims c
-                                 WHERE c.claim_id = s.claim_id AND c.sd_id = s.sd_id
-                                   AND c.session_id = s.session_id AND c.released_at IS NULL)
-             UNION ALL
-             SELECT 'open claim without session: ' || c.claim_id
-               FROM sd_claims c
-              WHERE c.released_at IS NULL
-                AND NOT EXISTS (SELECT FROM claude_sessions s WHERE s.claim_id = c.claim_id)
-             UNION ALL
-             SELECT 'backlog disagrees: ' || d.sd_id
-               FROM v_directives d
-               LEFT JOIN claude_sessions s ON s.sd_id = d.sd_id
-              WHERE d.is_working_on IS DISTINCT FROM (s.session_id IS NOT NULL)
-                 OR d.active_session_id IS DISTINCT FROM s.session_id
-             UNION ALL
-             SELECT 'claimed though finished: ' || d.sd_id
-               FROM v_directives d JOIN claude_sessions s ON s.sd_id = d.sd_id
-              WHERE d.is_terminal
-             UNION ALL
-             SELECT 'claimed but not in the backlog: ' || s.sd_id
-               FROM claude_sessions s
-              WHERE s.sd_id IS NOT NULL
-                AND NOT EXISTS (SELECT FROM v_directives d WHERE d.sd_id = s.sd_id)
-             UNION ALL
-             -- Every acquisition has one event that begins it and, once ended, one that ends it
-             -- (a switch begins and ends at once).
-             SELECT 'claim without its begin in the audit: ' || c.claim_id
-               FROM sd_claims c
-              WHERE 1 <> (SELECT count(*) FROM session_lifecycle_events e
-                           WHERE e.claim_id = c.claim_id AND e.event_type IN ('claimed', 'switched'))
-             UNION ALL
-             SELECT 'claim and audit disagree on its end: ' || c.claim_id
-               FROM sd_claims c
-              WHERE c.release_reason IS DISTINCT FROM 'switched'
-                AND (c.released_at IS NOT NULL)::int <>
-                    (SELECT count(*) FROM session_lifecycle_events e
-                      WHERE e.claim_id = c.claim_id
-                        AND e.event_type IN ('released', 'taken_over', 'reaped'))",
-            &[],
-        )
-        .unwrap();
-    let disagreements: Vec<String> = disagreements.iter().map(|row| row.get(0)).collect();
+    let disagreements = contradictions(client).unwrap();
     assert!(disagreements.is_empty(), "{disagreements:#?}");
 }
 

@@ -3,9 +3,16 @@
 use pg_claims_tests::TestDb;
 
 const OBJECTS: &str = "\
+event trigger pg_claims_keep_out_foreign_code
+event trigger pg_claims_make_way_for_dump
+event trigger pg_claims_note_drop
+function advance_numbers()
 function assert_claim(text,text,bigint)
+function assign_sessions(name,name)
+function begin_restoring()
 function bind_directives(regclass,text[],text,text,text,text,text,text,text,text,text,text,text[])
 function check_guarded_write()
+function checked_limit(integer)
 function claim_next_sd(text,text)
 function claim_reclaimable_at(timestamp with time zone,timestamp with time zone,interval,timestamp with time zone)
 function claim_sd(text,text,text)
@@ -13,6 +20,8 @@ function cleanup_stale_sessions(integer,integer)
 function close_on_board()
 function complete_session_write()
 function coordination_check()
+function coordination_repair(boolean)
+function correct_directive_mirror()
 function declare_conflict(text,text,text,text)
 function dependency_cycles()
 function dependency_keys(text)
@@ -33,9 +42,13 @@ function is_claim_live(timestamp with time zone,timestamp with time zone,interva
 function is_heartbeat_active()
 function is_sd_claimed(text,text)
 function keep_directive_mirror()
+function keep_out_foreign_code()
 function latest_heartbeat(oid,text,timestamp with time zone)
 function lease_expires_at(timestamp with time zone,timestamp with time zone,interval,timestamp with time zone)
 function lifecycle_events_since(bigint,integer)
+function make_way_for_dump()
+function note_drop()
+function own_replicated_session()
 function protect_open_claim()
 function prune_history(integer)
 function rebuild_directives_view()
@@ -67,6 +80,7 @@ table claude_sessions
 table directive_binding
 table event_frontier
 table heartbeat_connections
+table installation
 table lifecycle_event_positions
 table sd_claims
 table sd_conflict_matrix
@@ -120,11 +134,16 @@ index strategic_directives_v2_parent_idx
 index strategic_directives_v2_queue_idx
 trigger claude_sessions_changed_trigger on claude_sessions
 trigger claude_sessions_complete_trigger on claude_sessions
+trigger claude_sessions_delete_trigger on claude_sessions
 trigger claude_sessions_deleted_trigger on claude_sessions
+trigger claude_sessions_replicated_trigger on claude_sessions
+trigger claude_sessions_restore_trigger on claude_sessions
 trigger claude_sessions_set_back_trigger on claude_sessions
 trigger claude_sessions_truncate_trigger on claude_sessions
 trigger claude_sessions_truncated_trigger on claude_sessions
 trigger directive_binding_trigger on directive_binding
+trigger event_frontier_restore_trigger on event_frontier
+trigger lifecycle_event_positions_restore_trigger on lifecycle_event_positions
 trigger pg_claims_deleted on strategic_directives_v2
 trigger pg_claims_finished on strategic_directives_v2
 trigger pg_claims_truncated on strategic_directives_v2
@@ -132,15 +151,20 @@ trigger record_claim_history_trigger on claude_sessions
 trigger sd_claims_protect_delete_trigger on sd_claims
 trigger sd_claims_protect_insert_trigger on sd_claims
 trigger sd_claims_protect_update_trigger on sd_claims
+trigger sd_claims_restore_trigger on sd_claims
 trigger sd_claims_truncate_trigger on sd_claims
+trigger session_lifecycle_events_restore_trigger on session_lifecycle_events
 trigger sync_is_working_on_trigger on claude_sessions
 trigger zz_pg_claims_mirror_insert on strategic_directives_v2
+trigger zz_pg_claims_mirror_inserted on strategic_directives_v2
+trigger zz_pg_claims_mirror_renamed on strategic_directives_v2
 trigger zz_pg_claims_mirror_update on strategic_directives_v2
 unique index claude_sessions_pkey
 unique index directive_binding_pkey
 unique index event_frontier_pkey
 unique index heartbeat_connections_pkey
 unique index idx_claude_sessions_unique_active_claim
+unique index lifecycle_event_positions_event_id_key
 unique index lifecycle_event_positions_pkey
 unique index sd_claims_open_key
 unique index sd_claims_pkey
@@ -173,7 +197,7 @@ fn the_index_that_decides_is_partial_and_unique() {
 }
 
 #[test]
-fn everything_has_a_comment_and_functions_pin_their_search_path() {
+fn everything_has_a_comment_and_functions_have_the_rights_of_their_caller() {
     let db = TestDb::new();
     let mut c = db.connect();
     let silent = lines(
@@ -194,35 +218,13 @@ fn everything_has_a_comment_and_functions_pin_their_search_path() {
             AND p.proconfig IS DISTINCT FROM ARRAY['search_path=pg_catalog, pg_temp']",
     );
     assert!(loose.is_empty(), "SECURITY DEFINER without a pinned search_path: {loose:?}");
-    let invoker = lines(
+    // All others are entered with the rights of whoever calls, who is the caller for that reason.
+    let with_rights_of_owner = lines(
         &mut c,
         "SELECT p.proname::text
            FROM pg_depend d JOIN pg_extension e ON e.oid = d.refobjid AND e.extname = 'pg_claims'
            JOIN pg_proc p ON d.classid = 'pg_proc'::regclass AND p.oid = d.objid
-          WHERE d.deptype = 'e' AND NOT p.prosecdef ORDER BY 1",
+          WHERE d.deptype = 'e' AND p.prosecdef ORDER BY 1",
     );
-    let without = [
-        "check_guarded_write",
-        // Takes the owner's rights for what needs a statement, as claim_sd and release_sd do.
-        "claim_next_sd",
-        "claim_reclaimable_at",
-        "claim_sd",
-        "close_on_board",
-        "dependency_keys",
-        "elapsed_minutes",
-        "elapsed_seconds",
-        "forget_heartbeat",
-        "heartbeat_age_human",
-        "heartbeat_board",
-        "is_claim_live",
-        "latest_heartbeat",
-        "lease_expires_at",
-        "refuse_guarded_truncate",
-        "release_sd",
-        // Reads views, with the rights of whoever reads.
-        "sd_blockers",
-        // Takes the owner's rights where the board does not know the session.
-        "update_session_heartbeat",
-    ];
-    assert_eq!(invoker, without);
+    assert_eq!(with_rights_of_owner, ["lifecycle_events_since"]);
 }

@@ -46,29 +46,47 @@ fn a_claim_waits_for_an_uncommitted_one_and_is_refused_naming_its_owner() {
     assert_in_step(&mut winner);
 }
 
+/// A claim of `s2`, which holds `SD-2`, that waits for `by_hand`, which goes past the triggers: it neither locks the
+/// SD nor says so in the backlog. Returns what comes of the claim once that is committed.
+fn claim_past(by_hand: &str) -> (TestDb, Client, Result<Value, postgres::Error>) {
+    let (db, mut first) = coordinated();
+    first
+        .batch_execute(&format!("SET session_replication_role = replica; BEGIN; {by_hand}"))
+        .unwrap();
+    granted(&mut db.connect(), "SD-2", "s2");
+    let (_, second) = blocked_claim(&db, "SD-1", "s2");
+    first.batch_execute("COMMIT; RESET session_replication_role").unwrap();
+    let claimed = second.join().unwrap();
+    (db, first, claimed)
+}
+
 #[test]
 fn the_unique_index_stops_a_claim_of_what_is_being_claimed_past_the_triggers() {
-    for by_hand in [
+    let (db, mut first, claimed) = claim_past(
         "UPDATE claude_sessions SET sd_id = 'SD-1', claim_id = 77, claimed_at = now(), status = 'active'
           WHERE session_id = 's1'",
-        "INSERT INTO sd_claims (claim_id, sd_id, session_id) VALUES (77, 'SD-1', 's1')",
-    ] {
-        let (db, mut first) = coordinated();
-        // Neither locks the SD nor says so in the backlog.
-        first
-            .batch_execute(&format!("SET session_replication_role = replica; BEGIN; {by_hand}"))
-            .unwrap();
-        // One that holds another SD already, so that it is a switch.
-        granted(&mut db.connect(), "SD-2", "s2");
-        let (_, second) = blocked_claim(&db, "SD-1", "s2");
-        first.batch_execute("COMMIT").unwrap();
-        let claimed = second.join().unwrap();
-        let code = claimed.err().map(|error| sqlstate(&error).to_owned());
-        // A statement finds another open acquisition again and again, and gives up.
-        assert!(matches!(code.as_deref(), Some("23505" | "55000")), "{by_hand}: {code:?}");
-        let held = "SELECT string_agg(sd_id, ',') FROM claude_sessions WHERE session_id = 's2'";
-        assert_eq!(value(&mut first, held).as_deref(), Some("SD-2"), "{by_hand}");
-    }
+    );
+    assert_eq!(sqlstate(&claimed.unwrap_err()), "23505");
+    let held = "SELECT string_agg(sd_id, ',') FROM claude_sessions WHERE session_id = 's2'";
+    assert_eq!(value(&mut first, held).as_deref(), Some("SD-2"));
+    // Now that it can be seen, the refusal names it.
+    let refusal = claim(&mut db.connect(), "SD-1", "s2");
+    assert_eq!(refusal["error"], "already_claimed", "{refusal}");
+    assert_eq!(refusal["claimed_by"], "s1");
+}
+
+#[test]
+fn a_claim_settles_an_acquisition_that_was_opened_past_the_triggers_while_it_waited() {
+    let (_db, mut first, claimed) =
+        claim_past("INSERT INTO sd_claims (claim_id, sd_id, session_id) VALUES (77, 'SD-1', 's1')");
+    let claimed = claimed.unwrap();
+    assert_eq!(claimed["success"], true, "{claimed}");
+    assert_eq!(claimed["released_sd"], "SD-2");
+    let end = "SELECT release_reason FROM sd_claims WHERE claim_id = 77";
+    assert_eq!(value(&mut first, end).as_deref(), Some("repaired"));
+    let holders = "SELECT string_agg(session_id, ',') FROM sd_claims
+                    WHERE sd_id = 'SD-1' AND released_at IS NULL";
+    assert_eq!(value(&mut first, holders).as_deref(), Some("s2"));
 }
 
 #[test]
@@ -388,6 +406,7 @@ fn a_lock_that_was_waited_for_may_come_with_a_changed_catalogue() {
 #[test]
 fn an_sd_that_was_replaced_while_a_claim_waited_is_locked_like_any_other() {
     let (db, mut c) = coordinated();
+    json(&mut c, "SELECT declare_conflict('SD-1', 'SD-2', 'files')", &[]);
     let mut replacer = db.connect();
     replacer
         .batch_execute(
@@ -395,15 +414,17 @@ fn an_sd_that_was_replaced_while_a_claim_waited_is_locked_like_any_other() {
              INSERT INTO strategic_directives_v2 (sd_id, title) VALUES ('SD-1', 'another')",
         )
         .unwrap();
-    // The session's own row is being written, so that the claim waits once more after its lock.
-    let mut beating = db.connect();
-    beating.batch_execute("BEGIN").unwrap();
-    beat(&mut beating, "s1");
+    // Another SD that must not be worked on at once is being claimed, so that the claim waits once more after its lock.
+    let mut opponent = db.connect();
+    opponent.batch_execute("BEGIN").unwrap();
+    granted(&mut opponent, "SD-2", "s2");
     let (pid, claimer) = blocked_claim(&db, "SD-1", "s1");
     replacer.batch_execute("COMMIT").unwrap();
-    let beating_pid = backend_pid(&mut beating);
-    pg_claims_tests::wait_until("the claim to wait for the heartbeat", || {
-        c.query_one("SELECT $2 = ANY (pg_blocking_pids($1))", &[&pid, &beating_pid]).unwrap().get(0)
+    let opponent_pid = backend_pid(&mut opponent);
+    pg_claims_tests::wait_until("the claim to wait for the other one", || {
+        c.query_one("SELECT $2 = ANY (pg_blocking_pids($1))", &[&pid, &opponent_pid])
+            .unwrap()
+            .get(0)
     });
     let mut finisher = db.connect();
     finisher.batch_execute("SET lock_timeout = '20ms'").unwrap();
@@ -413,7 +434,7 @@ fn an_sd_that_was_replaced_while_a_claim_waited_is_locked_like_any_other() {
         )
         .unwrap_err();
     assert_eq!(sqlstate(&error), "55P03", "the SD is not locked");
-    beating.batch_execute("COMMIT").unwrap();
+    opponent.batch_execute("ROLLBACK").unwrap();
     assert_eq!(claimer.join().unwrap().unwrap()["success"], true);
     assert_in_step(&mut c);
 }
@@ -437,5 +458,33 @@ fn binding_another_table_and_releasing_do_not_deadlock() {
     reader.batch_execute("COMMIT").unwrap();
     binder.join().unwrap().unwrap();
     assert_eq!(releaser.join().unwrap()["success"], true);
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn a_claim_begins_after_the_session_s_last_one_ended_whatever_came_in_between() {
+    let (db, mut c) = coordinated();
+    // Between saying when it begins and giving it to its session.
+    c.batch_execute(
+        "CREATE FUNCTION pause() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+           IF NEW.sd_id = 'SD-2' THEN PERFORM pg_advisory_xact_lock(77); END IF;
+           RETURN NEW; END $$;
+         CREATE TRIGGER pause BEFORE INSERT ON sd_claims FOR EACH ROW EXECUTE FUNCTION pause()",
+    )
+    .unwrap();
+    let mut holder = db.connect();
+    holder.batch_execute("SELECT pg_advisory_lock(77)").unwrap();
+    let mut claiming = db.connect();
+    let pid = backend_pid(&mut claiming);
+    let claim = std::thread::spawn(move || granted(&mut claiming, "SD-2", "s1"));
+    wait_until_blocked(&db, pid);
+    granted(&mut c, "SD-3", "s1");
+    release(&mut c, "s1");
+    holder.batch_execute("SELECT pg_advisory_unlock(77)").unwrap();
+    claim.join().unwrap();
+    let overlapping = "SELECT count(*) FROM sd_claims a JOIN sd_claims b USING (session_id)
+                        WHERE a.claim_id <> b.claim_id AND a.claimed_at <= b.claimed_at
+                          AND b.claimed_at < COALESCE(a.released_at, 'infinity')";
+    assert_eq!(count(&mut c, overlapping), 0);
     assert_in_step(&mut c);
 }

@@ -105,10 +105,10 @@ fn what_the_worker_passed_by_is_done_when_it_is_free() {
     wait_until("what was before to be placed", || all_placed(&mut c));
     for end in ["COMMIT", "ROLLBACK"] {
         let mut other = connect(&server, "postgres");
-        // With events of its own to place, it holds the order until it ends.
+        // It holds the order of events until it ends, and has the worker look then.
         other
             .batch_execute(
-                "BEGIN; SELECT claim_sd('SD-5', 's2'); SELECT release_sd('s2'); SELECT cleanup_stale_sessions()",
+                "BEGIN; SELECT FROM event_frontier FOR UPDATE; SELECT cleanup_stale_sessions()",
             )
             .unwrap();
         granted(&mut c, "SD-1", "s1");
@@ -253,6 +253,43 @@ fn nobody_beats_for_a_connection_that_has_ended() {
 }
 
 #[test]
+fn a_connection_that_comes_while_the_worker_begins_is_not_taken_for_one_that_has_ended() {
+    let (server, mut c) = served("beginning", &[PRELOAD]);
+    let mut holder = connect(&server, "postgres");
+    wait_until("the worker to have ended", || worker_pids(&mut c, "pg_claims worker").is_empty());
+    // The next worker looks who is there, and then waits.
+    holder
+        .batch_execute("BEGIN; LOCK TABLE heartbeat_connections IN ACCESS EXCLUSIVE MODE")
+        .unwrap();
+    c.batch_execute("SELECT cleanup_stale_sessions()").unwrap();
+    wait_until("the worker to wait", || {
+        let waiting = "SELECT count(*) FROM pg_stat_activity
+                        WHERE backend_type = 'pg_claims worker' AND wait_event_type = 'Lock'";
+        count(&mut c, waiting) > 0
+    });
+    // The test writes the row that start_heartbeat() would write: that call would wait for the lock, too.
+    let mut own = connect(&server, "postgres");
+    let pid = backend_pid(&mut own);
+    let started = holder
+        .execute(
+            "INSERT INTO heartbeat_connections
+                    (backend_pid, backend_start, session_id, last_attempt_at, last_success_at)
+             SELECT pid, backend_start, 's1', '-infinity', '-infinity'
+               FROM pg_stat_activity WHERE pid = $1",
+            &[&pid],
+        )
+        .unwrap();
+    assert_eq!(started, 1);
+    holder.batch_execute("COMMIT").unwrap();
+    wait_until("the worker to have beaten for it, or to have forgotten it", || {
+        let untouched =
+            "SELECT count(*) FROM heartbeat_connections WHERE last_success_at = '-infinity'";
+        count(&mut c, untouched) == 0
+    });
+    assert_eq!(json(&mut own, "SELECT is_heartbeat_active()", &[])["active"], true);
+}
+
+#[test]
 fn an_sd_whose_release_hangs_keeps_nobody_s_heartbeats() {
     let (server, mut c) = served("hanging", &[PRELOAD, "pg_claims.stale_after = 12s"]);
     c.batch_execute(
@@ -262,7 +299,7 @@ fn an_sd_whose_release_hangs_keeps_nobody_s_heartbeats() {
     .unwrap();
     let mut own = connect(&server, "postgres");
     granted(&mut own, "SD-2", "s2");
-    json(&mut own, "SELECT start_heartbeat('s2')", &[]);
+    assert_eq!(json(&mut own, "SELECT start_heartbeat('s2')", &[])["success"], true);
     granted(&mut c, "SD-1", "s1");
     age_heartbeat(&mut c, "s1", "1 hour");
     granted(&mut c, "SD-3", "s3");

@@ -13,6 +13,7 @@ use pg_claims_core::queue::Queued;
 use pg_claims_core::refusal::Refusal;
 
 use super::Granting;
+use super::contradiction::{self, Stranded};
 use super::history::{self, Opened};
 use super::picture::{self, Picture};
 use super::reap;
@@ -23,7 +24,7 @@ use crate::identity::Role;
 use crate::spi::session::{self, Held, Session};
 use crate::spi::statement::Db;
 use crate::spi::table::Wait;
-use crate::spi::{conflict, directive, guard, heartbeat, time};
+use crate::spi::{conflict, directive, guard, heartbeat, quota, time};
 
 /// How often to look again before giving up. Each round means that another transaction has
 /// committed a change to the same SD or session since the last look, so a few suffice; only
@@ -64,6 +65,9 @@ pub struct Request<'a> {
     pub track: Option<&'a str>,
     /// The reason for taking the SD also from a live session.
     pub force: Option<&'a str>,
+    /// Whether it is only to be confirmed that the session holds it: then it is not claimed where that is no longer
+    /// so.
+    pub only_if_held: bool,
     /// How the queue has chosen it. Then `sd_id` is the canonical one and this transaction has locked
     /// the SD. What the session holds already is not given up for it, but is the answer; and nobody is
     /// waited for, as there are others to be had.
@@ -96,9 +100,24 @@ pub fn acquire(
         {
             reap::pull_back(db, &owner.session_id)?;
         }
-        match judge(picture, request, &may_act_for)? {
+        let finished = held_though_finished(&picture, request);
+        let verdict = judge(picture, request, &may_act_for)?;
+        if let Some(held) = finished
+            && !time::is_read_only()
+            && contradiction::end_finished(db, &held.session_id, &held.sd_id, held.claim_id)?
+        {
+            continue;
+        }
+        match verdict {
             Verdict::Refuse(refusal) => return Ok(Err(refusal)),
             Verdict::AlreadyHeld { owner_role, claim_id, sd_id, claimed_at, track } => {
+                if contradiction::is_not_open(db, session_id, &sd_id, claim_id)?
+                    && !locked.contains(&sd_id)
+                {
+                    locked.extend(directive::lock(db, vec![sd_id.clone()])?);
+                    contradiction::settle(db, &sd_id, Wait::Block)?;
+                    continue;
+                }
                 // A claim is a sign of life.
                 if heartbeat::beat(db, session_id, owner_role, Some(claim_id))?.is_some() {
                     return Ok(Ok(Claimed {
@@ -115,9 +134,25 @@ pub fn acquire(
                 }
             }
             Verdict::Take { session, sd_id, loser, has_conflicts } => {
+                if locked.is_empty()
+                    && (await_guards(&session, loser.as_ref().filter(|_| request.force.is_some()))?
+                        || session::await_writer(db, session_id)?)
+                {
+                    continue;
+                }
                 let mut concerned = vec![sd_id.clone()];
                 concerned.extend(session.sd_id.clone());
                 let is_locked = concerned.iter().all(|sd_id| locked.contains(sd_id));
+                if is_locked {
+                    picture::see_latest_stops(db, &sd_id)?;
+                }
+                // Who gives up another SD for it holds no more than before; force is an operator's.
+                if session.sd_id.is_none()
+                    && request.force.is_none()
+                    && let Some(refusal) = quota::refuse_claim(db, session.owner_role)?
+                {
+                    return Ok(Err(refusal));
+                }
                 if has_conflicts {
                     if is_locked && queued.is_none() {
                         conflict::enter(db, &sd_id)?;
@@ -134,6 +169,12 @@ pub fn acquire(
                     // The SD that is given up need not be there any more; the one to be claimed is
                     // looked for again, and locked, until it is.
                     locked.extend(session.sd_id);
+                    continue;
+                }
+                // An acquisition that no session holds would keep the SD for ever.
+                if (loser.is_some() || !trusts_backlog)
+                    && !contradiction::settle(db, &sd_id, wait_for(queued))?.is_empty()
+                {
                     continue;
                 }
                 // A stale owner whose row somebody is writing may be beating this very moment.
@@ -167,6 +208,46 @@ pub fn acquire(
     }
 }
 
+/// Who asks for what the queue chose waits for nobody.
+fn wait_for(queued: Option<Queued<'_>>) -> Wait {
+    if queued.is_some() { Wait::Skip } else { Wait::Block }
+}
+
+/// Who holds the SD although it is finished, or holds what the backlog does not have any more: somebody has written past the
+/// triggers.
+fn held_though_finished(picture: &Picture, request: Request<'_>) -> Option<Stranded> {
+    match &picture.sd {
+        Some(sd) if sd.is_terminal => {
+            let (owner, _) = picture.owner.as_ref()?;
+            Some(Stranded {
+                session_id: owner.session_id.clone(),
+                sd_id: sd.sd_id.clone(),
+                claim_id: owner.claim_id,
+            })
+        }
+        Some(_) => None,
+        None => {
+            let session = picture.session.as_ref()?;
+            let (sd_id, claim_id) = session.claim().filter(|(held, _)| *held == request.sd_id)?;
+            Some(Stranded {
+                session_id: session.session_id.clone(),
+                sd_id: sd_id.to_owned(),
+                claim_id,
+            })
+        }
+    }
+}
+
+/// Waits for whoever guards what the session gives up, or what is taken from its owner by force. Before the SDs
+/// are locked, which they may come to need.
+fn await_guards(session: &Session, loser: Option<&Owner>) -> Result<bool> {
+    let mut has_waited = false;
+    for claim_id in session.claim_id.into_iter().chain(loser.map(|owner| owner.claim_id)) {
+        has_waited |= guard::await_others(claim_id)?;
+    }
+    Ok(has_waited)
+}
+
 fn judge(
     picture: Picture,
     request: Request<'_>,
@@ -180,6 +261,9 @@ fn judge(
     if session.is_released() {
         let session_id = session.session_id;
         return Ok(Verdict::Refuse(Refusal::SessionReleased { session_id }));
+    }
+    if request.only_if_held && session.sd_id.as_deref() != Some(request.sd_id) {
+        return Ok(Verdict::Refuse(Refusal::NoClaim { session_id: session.session_id }));
     }
     let Some(sd) = picture.sd else {
         let sd_id = request.sd_id.to_owned();
@@ -222,12 +306,21 @@ fn take(
     loser: Option<Owner>,
     wait: Wait,
 ) -> Result<Option<Claimed>> {
-    let Request { sd_id, session_id, track, force, queued } = request;
+    let Request { sd_id, session_id, track, force, queued, .. } = request;
     let held = session.claim_id;
     if let Some(held) = held {
         guard::exclude(db, held)?;
     }
+    let mut not_before = session.moment();
+    // Whoever writes the session is waited for before it is said when the claim begins.
+    if loser.is_none() && session::is_contested(db, session_id)? {
+        let now = session::hold(db, session_id, Wait::Block)?;
+        if now.is_none_or(|now| now.session.is_released() || now.session.claim_id != held) {
+            return Ok(None);
+        }
+    }
     if let Some(owner) = &loser {
+        not_before = not_before.max(owner.claimed_at);
         // Force waits for the owner's guards, before any session is locked. Otherwise a guard that was
         // opened since the look is not waited for.
         if force.is_some() {
@@ -250,6 +343,8 @@ fn take(
         hostname: session.hostname.as_deref(),
         codebase: session.codebase.as_deref(),
         took_over: loser.as_ref().map(|owner| owner.claim_id),
+        not_before: Some(not_before),
+        may_be_set_back: session.heartbeat_at > time::now(),
         queued,
     };
     let Some((claim_id, claimed_at)) = history::open(db, opened, wait)? else {
@@ -320,12 +415,16 @@ fn grant(
 ) -> Result<bool> {
     let granting = Granting::new(claim_id);
     let granted = session::change(db, session_id, wait, |session| {
-        (!session.is_released() && session.claim_id == held).then(|| Session {
+        // It may have held and lost another one since the acquisition was said to begin.
+        let lost_since = session.released_at.is_some_and(|then| then > claimed_at);
+        (!session.is_released() && session.claim_id == held && !lost_since).then(|| Session {
             sd_id: Some(sd_id.to_owned()),
             claim_id: Some(claim_id),
             claimed_at: Some(claimed_at),
             track: track.map(str::to_owned),
             status: "active".into(),
+            // Announced for what is given up.
+            silent_until: session.silent_until.filter(|_| held.is_none()),
             // A claim is a sign of life.
             heartbeat_at: session.heartbeat_at.max(time::now()),
             lost_claim_id: None,

@@ -4,8 +4,8 @@ use chrono::{DateTime, Utc};
 use pg_claims_core::age;
 use serde_json::json;
 
-use super::history::{close, open_as};
-use super::{is_granting, look, reap};
+use super::history::{Acquisition, End, close, open_as};
+use super::{contradiction, is_granting, look, reap};
 use crate::error::Result;
 use crate::spi::event::{self, Event, EventType};
 use crate::spi::session::Session;
@@ -37,8 +37,17 @@ pub fn follow_update(db: &Db<'_>, old: &Session, new: &Session) -> Result<()> {
             event::record(db, plain(EventType::Claimed, new, None))?;
         }
         (Some((given_up, given_up_claim)), Some((sd_id, claim_id))) => {
-            let at = time::now();
-            close(db, given_up_claim, at, SWITCHED, None)?;
+            // At the moment at which the next one began.
+            let at = new.claimed_at.unwrap_or_else(time::now);
+            let given_up_acquisition = Acquisition {
+                claim_id: given_up_claim,
+                sd_id: given_up,
+                session_id: &old.session_id,
+            };
+            if !close(db, given_up_acquisition, at, SWITCHED, None)? {
+                let end = End { at, reason: SWITCHED, taken_over_by: None };
+                contradiction::note_end(db, old, end)?;
+            }
             began(db, new, sd_id, claim_id)?;
             let event = Event {
                 held: old.claimed_at.map(|claimed_at| age::age(claimed_at, at)),
@@ -69,7 +78,7 @@ pub fn follow_update(db: &Db<'_>, old: &Session, new: &Session) -> Result<()> {
 /// The row is gone.
 pub fn follow_delete(db: &Db<'_>, old: &Session) -> Result<()> {
     const REASON: &str = "session_deleted";
-    ended(db, old, time::now(), REASON, None)?;
+    ended(db, old, old.moment(), REASON, None)?;
     manager::forget_session(db, &old.session_id)?;
     if old.status == "released" {
         return Ok(());
@@ -120,10 +129,13 @@ fn ended(
     reason: &str,
     taken_over_by: Option<&str>,
 ) -> Result<()> {
-    let Some((_, claim_id)) = old.claim() else {
+    let Some((sd_id, claim_id)) = old.claim() else {
         return Ok(());
     };
-    close(db, claim_id, at, reason, taken_over_by)?;
+    let acquisition = Acquisition { claim_id, sd_id, session_id: &old.session_id };
+    if !close(db, acquisition, at, reason, taken_over_by)? {
+        contradiction::note_end(db, old, End { at, reason, taken_over_by })?;
+    }
     let (event_type, detail) = match taken_over_by {
         Some(session_id) => (EventType::TakenOver, json!({ "taken_over_by": session_id })),
         None if reap::is_reaping(claim_id) => {

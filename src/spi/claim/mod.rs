@@ -1,6 +1,7 @@
 //! Claims: acquiring an SD, and the history of acquisitions.
 
 mod acquire;
+pub mod contradiction;
 mod follow;
 mod history;
 mod picture;
@@ -8,18 +9,17 @@ pub mod reap;
 
 pub use acquire::{Request, acquire};
 pub use follow::{follow_delete, follow_insert, follow_update};
-pub use history::{is_opening, lost, next_id, see_latest};
-pub use picture::{Picture, Sd, look};
+pub use history::{is_opening, lost, next_id, not_before_the_last, see_latest};
+pub use picture::{Picture, Sd, look, see_latest_stops};
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 
 use crate::spi::heartbeat;
 
 thread_local! {
-    /// The acquisition that is being given to its session by this backend right now.
-    static GRANTING: Cell<Option<i64>> = const { Cell::new(None) };
-    /// Whether it has been ended meanwhile, by a trigger of the user's.
-    static UNDONE: Cell<bool> = const { Cell::new(false) };
+    /// The acquisitions that this backend is giving to their sessions right now, each with whether it has been ended
+    /// meanwhile. A trigger of the user's may claim while a claim is being made, so there may be several.
+    static GRANTING: RefCell<Vec<(i64, bool)>> = const { RefCell::new(Vec::new()) };
     /// Whether this backend is ending an acquisition in the way that the functions do.
     static ENDING: Cell<bool> = const { Cell::new(false) };
 }
@@ -55,29 +55,35 @@ fn reclaimable_at(schema: &str) -> String {
 /// Whether `claim_id` was opened by this extension for the row that is being written. The trigger
 /// that makes direct writes whole asks, to tell a claim's own write from one by hand.
 pub fn is_granting(claim_id: i64) -> bool {
-    GRANTING.get() == Some(claim_id)
+    GRANTING.with_borrow(|all| all.iter().any(|(granting, _)| *granting == claim_id))
 }
 
-/// Marks `claim_id` as being granted until it is dropped, on an error as well.
-struct Granting {
-    before: Option<i64>,
-    was_undone: bool,
+/// The acquisition ends: whoever is granting it must not tell of a claim.
+fn note_end(claim_id: i64) {
+    GRANTING.with_borrow_mut(|all| {
+        for (granting, is_undone) in all {
+            *is_undone |= *granting == claim_id;
+        }
+    });
 }
+
+/// Marks an acquisition as being granted until it is dropped, on an error as well.
+struct Granting;
 
 impl Granting {
     fn new(claim_id: i64) -> Self {
-        Self { before: GRANTING.replace(Some(claim_id)), was_undone: UNDONE.replace(false) }
+        GRANTING.with_borrow_mut(|all| all.push((claim_id, false)));
+        Self
     }
 
-    /// Whether the acquisition was ended while it was being granted.
+    /// Whether the acquisition was ended while it was being granted. Those that were begun since have been dropped.
     fn is_undone(&self) -> bool {
-        UNDONE.get()
+        GRANTING.with_borrow(|all| all.last().is_some_and(|(_, is_undone)| *is_undone))
     }
 }
 
 impl Drop for Granting {
     fn drop(&mut self) {
-        GRANTING.set(self.before);
-        UNDONE.set(self.was_undone);
+        GRANTING.with_borrow_mut(Vec::pop);
     }
 }

@@ -55,6 +55,19 @@ pub fn glance(db: &Db<'_>, session_id: &str, sd_id: &str) -> Result<Picture> {
     look_at(db, Some(session_id), sd_id, true)
 }
 
+/// Under REPEATABLE READ and SERIALIZABLE: error 40001 if the SD, which this transaction has locked, was stopped
+/// since its snapshot or is in a conflict that this does not show, or no longer in one.
+pub fn see_latest_stops(db: &Db<'_>, sd_id: &str) -> Result<()> {
+    if !time::has_transaction_snapshot() {
+        return Ok(());
+    }
+    let (kept, latest) = (Snapshot::take(), Snapshot::take_latest());
+    let stops = |snapshot| -> Result<_> {
+        Ok((hold::find(db, snapshot, sd_id)?.is_some(), conflict::open_pairs(db, snapshot, sd_id)?))
+    };
+    if stops(&kept)? == stops(&latest)? { Ok(()) } else { Err(ClaimError::Serialization) }
+}
+
 fn look_at(
     db: &Db<'_>,
     session_id: Option<&str>,

@@ -11,22 +11,33 @@ use crate::worker::wake;
 /// The triggers on a backlog, apart from the schema of their functions. The server fires triggers
 /// in the order of their names: the two that keep the mirror come last among the BEFORE triggers,
 /// so that no trigger of the user's can change the mirror behind them.
-const TRIGGERS: [&str; 5] = [
+pub const TRIGGERS: [&str; 7] = [
     "pg_claims_finished",
     "pg_claims_deleted",
     "pg_claims_truncated",
     "zz_pg_claims_mirror_insert",
     "zz_pg_claims_mirror_update",
+    "zz_pg_claims_mirror_inserted",
+    "zz_pg_claims_mirror_renamed",
 ];
 
 /// (Re)builds `v_directives` and `v_directive_keys` for the backlog in use.
 pub fn rebuild_views(db: &Db<'_>) -> Result<()> {
     let schema = db.catalog()?.schema.clone();
+    for (view, body) in ["v_directives", "v_directive_keys"].into_iter().zip(view_bodies(db)?) {
+        db.run_once(&format!("CREATE OR REPLACE VIEW {schema}.{view} AS {body}"), &[])?;
+    }
+    Ok(())
+}
+
+/// What `v_directives` and `v_directive_keys` are made of for the backlog in use.
+pub fn view_bodies(db: &Db<'_>) -> Result<[String; 2]> {
+    let schema = db.catalog()?.schema.clone();
     let own_backlog = db.catalog()?.own_backlog;
     // Read afresh: the binding was written by the very statement that this runs for.
-    let (directives, keys) = match Backlog::read(db, &schema, own_backlog)? {
-        Some(b) => (view_of(&b, &schema), b.by_key(|key| format!("{key} IS NOT NULL"))),
-        None => (
+    Ok(match Backlog::read(db, &schema, own_backlog)? {
+        Some(b) => [view_of(&b, &schema), b.by_key(|key| format!("{key} IS NOT NULL"))],
+        None => [
             "SELECT NULL::text AS sd_id, NULL::text AS title, NULL::text AS status,
                     NULL::text AS priority, NULL::text AS track, NULL::numeric AS rank,
                     NULL::jsonb AS dependencies, NULL::text AS parent_sd_id,
@@ -39,12 +50,8 @@ pub fn rebuild_views(db: &Db<'_>) -> Result<()> {
                     NULL::boolean AS is_terminal, NULL::integer AS precedence
               WHERE false"
                 .into(),
-        ),
-    };
-    for (view, body) in [("v_directives", directives), ("v_directive_keys", keys)] {
-        db.run_once(&format!("CREATE OR REPLACE VIEW {schema}.{view} AS {body}"), &[])?;
-    }
-    Ok(())
+        ],
+    })
 }
 
 fn view_of(b: &Backlog, schema: &str) -> String {
@@ -94,7 +101,7 @@ fn view_of(b: &Backlog, schema: &str) -> String {
 
 /// Puts the triggers on a backlog.
 pub fn attach_triggers(db: &Db<'_>, backlog: &Backlog, schema: &str) -> Result<()> {
-    let [finished, deleted, truncated, mirror_insert, mirror_update] = TRIGGERS;
+    let [finished, deleted, truncated, mirror_insert, mirror_update, inserted, renamed] = TRIGGERS;
     let c = &backlog.columns;
     let create = |name: &str, event: &str, each: &str, function: &str| {
         let table = &backlog.table;
@@ -131,7 +138,46 @@ pub fn attach_triggers(db: &Db<'_>, backlog: &Backlog, schema: &str) -> Result<(
     // Also for writes of other triggers; the extension's own are known by their target.
     create(mirror_insert, "BEFORE INSERT", "ROW", "keep_directive_mirror")?;
     let rewritten = format!("ROW WHEN ({})", differ(&mirror));
-    create(mirror_update, "BEFORE UPDATE", &rewritten, "keep_directive_mirror")
+    create(mirror_update, "BEFORE UPDATE", &rewritten, "keep_directive_mirror")?;
+
+    // Where the key's uniqueness can be deferred, a row of the same key is waited for when the transaction
+    // commits.
+    let (when, each) = if has_deferrable_keys(db, backlog)? {
+        ("CONSTRAINT TRIGGER", "DEFERRABLE INITIALLY DEFERRED FOR EACH ROW")
+    } else {
+        ("TRIGGER", "FOR EACH ROW")
+    };
+    let works = [
+        c.is_working_on.iter().map(|name| format!("NEW.{}", quoted("", name))).collect::<Vec<_>>(),
+        c.active_session_id
+            .iter()
+            .map(|name| format!("NEW.{} IS NOT NULL", quoted("", name)))
+            .collect(),
+    ]
+    .concat()
+    .join(" OR ");
+    let renames = differ(&[(c.canonical("OLD."), c.canonical("NEW."))]);
+    for (name, event, condition) in
+        [(inserted, "AFTER INSERT", works), (renamed, "AFTER UPDATE", renames)]
+    {
+        db.run_once(
+            &format!(
+                "CREATE {when} {name} {event} ON {} {each} WHEN ({condition})
+                 EXECUTE FUNCTION {schema}.correct_directive_mirror()",
+                backlog.table
+            ),
+            &[],
+        )?;
+    }
+    Ok(())
+}
+
+fn has_deferrable_keys(db: &Db<'_>, backlog: &Backlog) -> Result<bool> {
+    let found = db.run_once(
+        "SELECT 1 FROM pg_catalog.pg_index WHERE indrelid = $1 AND indisunique AND NOT indimmediate",
+        &[backlog.table_oid.into()],
+    )?;
+    Ok(!found.is_empty())
 }
 
 /// A column in a trigger's two rows.
@@ -165,6 +211,14 @@ pub fn detach_triggers(db: &Db<'_>, backlog: &Backlog) -> Result<()> {
     Ok(())
 }
 
+/// Makes the triggers of the backlog in use anew.
+pub fn renew_triggers(db: &Db<'_>, backlog: &Backlog) -> Result<()> {
+    let catalog = db.catalog()?;
+    detach_triggers(db, backlog)?;
+    attach_triggers(db, backlog, &catalog.schema)?;
+    if catalog.uses_own_backlog() { Ok(()) } else { tie_triggers_to_extension(db, backlog) }
+}
+
 fn triggers_on(db: &Db<'_>, backlog: &Backlog) -> Result<Vec<(String, String)>> {
     partitions::triggers_on(db, backlog.table_oid, &TRIGGERS)
 }
@@ -177,9 +231,9 @@ pub fn attach_own(db: &Db<'_>) -> Result<()> {
     let catalog = db.catalog()?;
     if let Some(backlog) = &catalog.backlog {
         attach_triggers(db, backlog, &catalog.schema)?;
-        for (name, definition) in indexes::for_queue(backlog) {
-            let index = format!("strategic_directives_v2_{name}_idx");
-            db.run_once(&format!("CREATE INDEX {index} ON {} {definition}", backlog.table), &[])?;
+        for index in indexes::of_own(backlog) {
+            let (name, definition) = (&index.name, &index.definition);
+            db.run_once(&format!("CREATE INDEX {name} ON {} {definition}", backlog.table), &[])?;
         }
     }
     Ok(())

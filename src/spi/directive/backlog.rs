@@ -45,7 +45,7 @@ impl Backlog {
         schema: &str,
         own_backlog: Option<pg_sys::Oid>,
     ) -> Result<Option<Self>> {
-        match Columns::bound(db, schema)? {
+        match Columns::bound(db, schema)?.filter(|(table, _)| is_there(*table)) {
             Some((table, columns)) => Ok(Some(Self::of(db, table, columns)?)),
             None => own_backlog.map(|table| Self::of(db, table, Columns::own())).transpose(),
         }
@@ -84,6 +84,11 @@ impl Backlog {
             partitions: partitions_of(db, table_oid)?,
             deferrable,
         })
+    }
+
+    /// A table of the same columns, without partitions.
+    pub fn likeness(&self, table: &str, table_oid: pg_sys::Oid) -> Self {
+        Self { table: table.into(), table_oid, partitions: Vec::new(), ..self.clone() }
     }
 
     /// The backlog, unless a column that it was bound with has been renamed since, or reading it would run
@@ -227,6 +232,12 @@ impl Backlog {
     }
 }
 
+/// A table whose type went with a session is gone without anybody having been asked: then nothing is bound any more.
+pub fn is_there(table: pg_sys::Oid) -> bool {
+    // SAFETY: looks the table up in the catalogue.
+    unsafe { !pg_sys::get_rel_name(table).is_null() }
+}
+
 /// See [`Backlog::order`].
 pub struct Order {
     /// The priority's place, as a numeric.
@@ -239,10 +250,10 @@ pub struct Order {
 
 fn partitions_of(db: &Db<'_>, table: pg_sys::Oid) -> Result<Vec<pg_sys::Oid>> {
     let rows = db.ask(
-        "SELECT relid::oid FROM pg_catalog.pg_partition_tree($1) WHERE level > 0 ORDER BY 1",
+        concat!("WITH RECURSIVE ", partitions!(), " SELECT oid FROM partitions ORDER BY 1"),
         &[table.into()],
     )?;
-    rows.into_iter().map(|row| required(row.get(1)?, "pg_partition_tree")).collect()
+    rows.into_iter().map(|row| required(row.get(1)?, "pg_inherits")).collect()
 }
 
 /// A constraint that can be deferred.
@@ -265,7 +276,8 @@ fn deferrable_constraints(db: &Db<'_>, table: pg_sys::Oid) -> Result<Vec<Deferra
            FROM pg_catalog.pg_trigger t
            JOIN pg_catalog.pg_constraint c ON c.oid = t.tgconstraint
            JOIN pg_catalog.pg_namespace n ON n.oid = c.connamespace
-          WHERE t.tgrelid = $1 AND t.tgdeferrable ORDER BY 1",
+          WHERE t.tgrelid = $1 AND t.tgdeferrable AND NOT pg_catalog.starts_with(t.tgname, 'zz_pg_claims_')
+          ORDER BY 1",
         &[table.into()],
     )?;
     let mut found = Vec::new();

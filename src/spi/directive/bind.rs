@@ -1,14 +1,16 @@
 //! Binding a user's table as the backlog, and letting it go.
 
-use pgrx::pg_sys;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
 
-use super::backlog::Backlog;
+use super::backlog::{Backlog, is_there};
 use super::columns::Columns;
 use super::table::TableFacts;
 use super::{attach, mirror};
 use crate::error::{ClaimError, Purpose, Result};
 use crate::identity;
 use crate::spi::catalog;
+use crate::spi::repair::views;
 use crate::spi::statement::{Db, required};
 use crate::spi::time;
 
@@ -37,9 +39,11 @@ pub fn bind(db: &Db<'_>, table: pg_sys::Oid, asked: Columns) -> Result<Bound> {
     let facts = TableFacts::read(db, table, Purpose::Bind)?;
     facts.check_owner(db)?;
     facts.check_kind(db)?;
+    facts.check_lasts(db)?;
     let columns = facts.columns(asked)?;
     let backlog = Backlog::of(db, table, columns)?;
     backlog.usable()?;
+    views::make_missing(db)?;
     let_go(db)?;
     let indexes_created = facts.ensure_indexes(db, &backlog)?;
     let schema = db.catalog()?.schema.clone();
@@ -47,6 +51,7 @@ pub fn bind(db: &Db<'_>, table: pg_sys::Oid, asked: Columns) -> Result<Bound> {
     attach::tie_triggers_to_extension(db, &backlog)?;
     remember(db, &schema, &backlog)?;
     check_open_claims(db, &schema)?;
+    warn_of_unlogged(db, &backlog)?;
     Ok(Bound {
         success: true,
         rows_corrected: correct_mirror(db)?,
@@ -60,6 +65,7 @@ pub fn bind(db: &Db<'_>, table: pg_sys::Oid, asked: Columns) -> Result<Bound> {
 /// Returns the table that was let go.
 pub fn unbind(db: &Db<'_>) -> Result<String> {
     exclude_others(db, None)?;
+    views::make_missing(db)?;
     let Some(table) = let_go(db)? else {
         return Err(ClaimError::NotBound);
     };
@@ -99,6 +105,10 @@ fn let_go(db: &Db<'_>) -> Result<Option<String>> {
         clear_mirror(db)?;
         return Ok(None);
     };
+    if !is_there(table) {
+        db.run_once(&format!("DELETE FROM {schema}.directive_binding"), &[])?;
+        return Ok(None);
+    }
     TableFacts::read(db, table, Purpose::Bind)?.check_owner(db)?;
     let backlog = Backlog::of(db, table, columns)?;
     // With a column renamed there is no telling where the mirror is; the triggers go all the same.
@@ -111,6 +121,37 @@ fn let_go(db: &Db<'_>) -> Result<Option<String>> {
     }
     db.run_once(&format!("DELETE FROM {schema}.directive_binding"), &[])?;
     Ok(Some(backlog.table))
+}
+
+/// What is in an unlogged table is lost in a crash, and a standby has nothing of it.
+fn warn_of_unlogged(db: &Db<'_>, backlog: &Backlog) -> Result<()> {
+    let unlogged = db.run_once(
+        "SELECT FROM pg_catalog.pg_class WHERE oid = $1 AND relpersistence = 'u'",
+        &[backlog.table_oid.into()],
+    )?;
+    if !unlogged.is_empty() {
+        ErrorReport::new(
+            PgSqlErrorCode::ERRCODE_WARNING,
+            format!("the backlog {} is an unlogged table", backlog.table),
+            "pg_claims",
+        )
+        .set_detail(
+            "A crash empties it, and its claims end with its SDs; a standby has nothing of it.",
+        )
+        .set_hint("ALTER TABLE … SET LOGGED keeps it.")
+        .report(PgLogLevel::WARNING);
+    }
+    Ok(())
+}
+
+/// Forgets that one of these tables is bound, without a look at it: it is being dropped. Whoever writes the
+/// binding gets the views that go with it.
+pub fn forget_bound(db: &Db<'_>, tables: &[pg_sys::Oid]) -> Result<()> {
+    let schema = db.catalog()?.schema.clone();
+    if Columns::bound(db, &schema)?.is_some_and(|(table, _)| tables.contains(&table)) {
+        db.run_once(&format!("DELETE FROM {schema}.directive_binding"), &[])?;
+    }
+    Ok(())
 }
 
 fn remember(db: &Db<'_>, schema: &str, backlog: &Backlog) -> Result<()> {
@@ -138,7 +179,7 @@ fn remember(db: &Db<'_>, schema: &str, backlog: &Backlog) -> Result<()> {
             c.created_at.clone().into(),
             c.is_working_on.clone().into(),
             c.active_session_id.clone().into(),
-            identity::caller()?.name().into(),
+            identity::caller().name().into(),
         ],
     )?;
     Ok(())

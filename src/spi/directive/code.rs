@@ -16,10 +16,10 @@ use crate::spi::statement::Db;
 /// pleases. None of tables that are a superuser's.
 pub fn untrusted(db: &Db<'_>, table: pg_sys::Oid) -> Result<Option<String>> {
     let rows = db.ask(
-        "WITH tables AS (
+        concat!("WITH RECURSIVE ", partitions!(), ",
+              tables AS (
              SELECT c.oid, c.relkind
-               FROM (SELECT $1 AS oid
-                      UNION SELECT relid::oid FROM pg_catalog.pg_partition_tree($1)) t
+               FROM (SELECT $1 AS oid UNION SELECT oid FROM partitions) t
                JOIN pg_catalog.pg_class c ON c.oid = t.oid
                JOIN pg_catalog.pg_roles r ON r.oid = c.relowner AND NOT r.rolsuper),
               users AS (
@@ -51,7 +51,7 @@ pub fn untrusted(db: &Db<'_>, table: pg_sys::Oid) -> Result<Option<String>> {
           UNION ALL
          SELECT pg_catalog.pg_describe_object('pg_catalog.pg_class'::pg_catalog.regclass, t.oid, 0)
            FROM tables t WHERE t.relkind NOT IN ('r', 'p')
-          LIMIT 1",
+          LIMIT 1"),
         &[table.into()],
     )?;
     if rows.is_empty() { Ok(None) } else { rows.first().text(1) }

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 
+use pg_claims_core::text::MOST_SHOWN;
 use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys::BuiltinOid::TEXTOID;
 
@@ -11,9 +12,10 @@ use crate::error::{ClaimError, Result};
 use crate::identity::Role;
 use crate::spi::catalog::{self, Catalog};
 use crate::spi::row::Row;
-use crate::spi::session::Session;
+use crate::spi::session::{self, Session};
 use crate::spi::statement::{Db, Statement};
 use crate::spi::table::{Lock, Wait};
+use crate::spi::wait;
 
 // One SD a statement: for a list the server would plan anew each time, as it cannot know how long
 // the list will be.
@@ -35,7 +37,8 @@ static LOCK: Statement = Statement::new(
 static SYNC: Statement = Statement::new(
     |catalog| {
         over_mirror(catalog, |b, columns| {
-            let assignments: Vec<_> = columns.iter().map(|(c, v)| format!("{c} = {v}")).collect();
+            let assignments: Vec<_> =
+                columns.iter().map(|mirrored| mirrored.assignment()).collect();
             format!(
                 "UPDATE {} b SET {} WHERE {} = $1 AND ({differ}) RETURNING NOT ({differ})",
                 b.from,
@@ -63,24 +66,49 @@ static DISAGREES: Statement = Statement::new(
     &[TEXTOID, TEXTOID],
 );
 
+/// A column of the backlog's that says who works on the SD.
+struct Mirrored {
+    /// Its name, quoted.
+    name: String,
+    /// What $2 gives it.
+    value: &'static str,
+    /// The type of both.
+    of_type: &'static str,
+}
+
+impl Mirrored {
+    fn assignment(&self) -> String {
+        format!("{} = {}", self.name, self.value)
+    }
+
+    /// Of one type on both sides, so that no operator fits better than the server's: the statement runs with the backlog's
+    /// own schema in the search_path.
+    fn difference(&self) -> String {
+        format!("b.{}::{} IS DISTINCT FROM {}", self.name, self.of_type, self.value)
+    }
+}
+
 /// A statement on the backlog's mirror columns, each with the value that $2 gives it.
-fn over_mirror(
-    catalog: &Catalog,
-    text: impl FnOnce(&Backlog, &[(String, &str)]) -> String,
-) -> String {
+fn over_mirror(catalog: &Catalog, text: impl FnOnce(&Backlog, &[Mirrored]) -> String) -> String {
     const NOTHING: &str = "SELECT 1 WHERE $1 IS NULL AND $2 IS NULL";
     over_backlog(catalog, NOTHING, |b| {
-        let quoted = |column: &String| pgrx::spi::quote_identifier(column);
-        let mut columns = Vec::new();
-        columns.extend(b.columns.is_working_on.iter().map(|c| (quoted(c), "($2 IS NOT NULL)")));
-        columns.extend(b.columns.active_session_id.iter().map(|c| (quoted(c), "$2")));
+        let mirrored = |column: &Option<String>, value, of_type| {
+            let name = column.as_ref().map(pgrx::spi::quote_identifier);
+            name.map(|name| Mirrored { name, value, of_type })
+        };
+        let columns: Vec<Mirrored> = [
+            mirrored(&b.columns.is_working_on, "($2 IS NOT NULL)", "boolean"),
+            mirrored(&b.columns.active_session_id, "$2", "text"),
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
         if columns.is_empty() { NOTHING.into() } else { text(b, &columns) }
     })
 }
 
-fn differ(columns: &[(String, &str)]) -> String {
-    let differences: Vec<_> =
-        columns.iter().map(|(c, v)| format!("b.{c} IS DISTINCT FROM {v}")).collect();
+fn differ(columns: &[Mirrored]) -> String {
+    let differences: Vec<_> = columns.iter().map(Mirrored::difference).collect();
     differences.join(" OR ")
 }
 
@@ -111,7 +139,7 @@ static OUT_OF_STEP: Statement =
     Statement::new(|catalog| of_out_of_step(catalog, "d.sd_id, s.session_id"), &[]);
 
 /// The SDs of which the backlog says something else than the sessions, and who works on each.
-pub(super) fn out_of_step(db: &Db<'_>) -> Result<Vec<(String, Option<String>)>> {
+pub fn out_of_step(db: &Db<'_>) -> Result<Vec<(String, Option<String>)>> {
     let mut rows = db.run(&OUT_OF_STEP, &[])?;
     let mut found = Vec::with_capacity(rows.len());
     while rows.next().is_some() {
@@ -144,16 +172,25 @@ pub fn lock(db: &Db<'_>, mut sd_ids: Vec<String>) -> Result<Vec<String>> {
     let mut locked = Vec::with_capacity(sd_ids.len());
     let is_own = db.catalog()?.is_own_backlog_in_use;
     for sd_id in sd_ids {
-        let is_locked = if is_own {
-            matches!(own::lock(db, &sd_id, Wait::Block)?, Lock::Held(_))
-        } else {
-            run_as_owner(db, &LOCK, &[sd_id.as_str().into()])? > 0
-        };
-        if is_locked {
+        if lock_one(db, &sd_id, is_own)? {
             locked.push(sd_id);
         }
     }
     Ok(locked)
+}
+
+/// Most SDs nobody else has locked, and then there is nothing to watch for.
+fn lock_one(db: &Db<'_>, sd_id: &str, is_own: bool) -> Result<bool> {
+    if is_own {
+        let mut lock = own::lock(db, sd_id, Wait::Skip)?;
+        if matches!(lock, Lock::Busy) {
+            lock = wait::giving_way_unless_guarding(|| own::lock(db, sd_id, Wait::Block))?;
+        }
+        return Ok(matches!(lock, Lock::Held(_)));
+    }
+    let sd_id = [sd_id.into()];
+    Ok(run_as_owner(db, &TRY_LOCK, &sd_id)? > 0
+        || wait::giving_way_unless_guarding(|| run_as_owner(db, &LOCK, &sd_id))? > 0)
 }
 
 static TRY_LOCK: Statement = Statement::new(
@@ -223,7 +260,7 @@ impl Drop for Syncing {
 }
 
 /// Makes the backlog say that `session_id` works on the SD, or nobody.
-pub(super) fn sync(db: &Db<'_>, sd_id: &str, session_id: Option<&str>) -> Result<()> {
+pub fn sync(db: &Db<'_>, sd_id: &str, session_id: Option<&str>) -> Result<()> {
     if db.catalog()?.is_own_backlog_in_use && own::sync(db, sd_id, session_id)? {
         return Ok(());
     }
@@ -246,6 +283,17 @@ pub(super) fn sync(db: &Db<'_>, sd_id: &str, session_id: Option<&str>) -> Result
         return Err(ClaimError::MirrorRefused { sd_id: sd_id.to_owned() });
     }
     Ok(())
+}
+
+/// Makes the backlog say who holds the SD by now.
+pub fn correct(db: &Db<'_>, sd_id: &str) -> Result<()> {
+    let holder = session::latest_holder(db, sd_id)?.map(|session| session.session_id);
+    // Before 18 a write has deferred triggers of the owner's fire early; mostly there is nothing to write.
+    let arguments = [sd_id.into(), holder.as_deref().into()];
+    if !db.catalog()?.is_own_backlog_in_use && run_as_owner(db, &DISAGREES, &arguments)? == 0 {
+        return Ok(());
+    }
+    sync(db, sd_id, holder.as_deref())
 }
 
 /// What follows for the backlog from a session's having held `before` and being now what `session` is, if
@@ -314,11 +362,16 @@ pub(super) fn as_owner<R>(db: &Db<'_>, work: impl FnOnce(&Db<'_>) -> Result<R>) 
 }
 
 static TITLE: Statement = Statement::new(
-    |c| format!("SELECT title FROM {}.v_directives WHERE sd_id = $1", c.schema),
+    |c| {
+        format!(
+            "SELECT pg_catalog.left(title, {MOST_SHOWN}) FROM {}.v_directives WHERE sd_id = $1",
+            c.schema
+        )
+    },
     &[TEXTOID],
 );
 
-/// An SD's title.
+/// An SD's title, as much of it as is shown.
 pub fn title(db: &Db<'_>, sd_id: &str) -> Result<Option<String>> {
     match db.first_row(&TITLE, &[sd_id.into()])? {
         Some(row) => row.text(1),

@@ -1,6 +1,9 @@
 //! The extension's own backlog, found and written directly.
 
+use std::rc::Rc;
+
 use crate::error::Result;
+use crate::spi::catalog::Catalog;
 use crate::spi::row::Row;
 use crate::spi::statement::Db;
 use crate::spi::table::layout::directives as column;
@@ -24,12 +27,25 @@ pub fn find(db: &Db<'_>, sd_id: &str) -> Result<Option<Found>> {
     }))
 }
 
+/// Whether the backlog has the SD, unfinished, as far as this backend knows the table. `None` where it does not.
+pub fn is_unfinished_as_known(catalog: &Rc<Catalog>, sd_id: &str) -> Result<Option<bool>> {
+    let Some(table) = Table::to_read_as_known(catalog, Name::Directives) else { return Ok(None) };
+    let snapshot = Snapshot::take();
+    let Some(row) = table.find(&snapshot, column::BY_SD_ID, Key::Text(sd_id)) else {
+        return Ok(Some(false));
+    };
+    Ok(Some(!is_terminal_in(catalog, row.text(column::STATUS)?.as_deref())))
+}
+
 /// Whether a status is one of a finished SD.
 pub fn is_terminal(db: &Db<'_>, status: Option<&str>) -> Result<bool> {
-    let catalog = db.catalog()?;
+    Ok(is_terminal_in(&*db.catalog()?, status))
+}
+
+fn is_terminal_in(catalog: &Catalog, status: Option<&str>) -> bool {
     let mut terminal =
         catalog.backlog.iter().flat_map(|backlog| &backlog.columns.terminal_statuses);
-    Ok(status.is_some_and(|status| terminal.any(|terminal| terminal.eq_ignore_ascii_case(status))))
+    status.is_some_and(|status| terminal.any(|terminal| terminal.eq_ignore_ascii_case(status)))
 }
 
 /// Whether the SD's row says that nobody works on it.

@@ -58,6 +58,7 @@ impl TableFacts {
                FROM pg_catalog.pg_attribute a
                JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
                JOIN pg_catalog.pg_type b ON b.oid = COALESCE(NULLIF(t.typbasetype, 0), t.oid)
+               
               WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped",
             &[oid.into()],
         )? {
@@ -98,7 +99,7 @@ impl TableFacts {
     }
 
     pub fn check_owner(&self, db: &Db<'_>) -> Result<()> {
-        let caller = identity::caller()?;
+        let caller = identity::caller();
         let owns = db
             .run_once(
                 "SELECT pg_catalog.pg_has_role($1, $2::name, 'USAGE')",
@@ -140,6 +141,43 @@ impl TableFacts {
             PgSqlErrorCode::ERRCODE_WRONG_OBJECT_TYPE,
             "Only an ordinary table that is not temporary, or a partitioned one without foreign partitions, will do, and none of the extension's own.".into(),
             "Name the table itself rather than a view of it; unbind_directives() returns to the extension's own backlog.",
+        ))
+    }
+
+    /// What lives in a temporary schema goes with the session, and takes along what depends on it: a column, or the table.
+    pub fn check_lasts(&self, db: &Db<'_>) -> Result<()> {
+        let passing = db.run_once(
+            "WITH RECURSIVE parts AS (
+                 SELECT 'pg_catalog.pg_class'::pg_catalog.regclass::oid AS classid, $1 AS objid
+                  UNION
+                 SELECT d.classid, d.objid FROM parts p
+                   JOIN pg_catalog.pg_depend d
+                     ON d.refclassid = p.classid AND d.refobjid = p.objid AND d.deptype IN ('a', 'i')
+                    AND d.classid IN ('pg_catalog.pg_attrdef'::pg_catalog.regclass,
+                                      'pg_catalog.pg_constraint'::pg_catalog.regclass,
+                                      'pg_catalog.pg_class'::pg_catalog.regclass)),
+                 uses (classid, objid) AS (
+                 SELECT d.refclassid, d.refobjid FROM parts p
+                   JOIN pg_catalog.pg_depend d ON d.classid = p.classid AND d.objid = p.objid
+                  UNION
+                 -- What a domain or an array is made of.
+                 SELECT d.refclassid, d.refobjid FROM uses u
+                   JOIN pg_catalog.pg_depend d ON d.classid = u.classid AND d.objid = u.objid
+                  WHERE u.classid = 'pg_catalog.pg_type'::pg_catalog.regclass)
+             SELECT pg_catalog.pg_describe_object(u.classid, u.objid, 0)
+               FROM uses u
+              CROSS JOIN LATERAL pg_catalog.pg_identify_object(u.classid, u.objid, 0) o
+              WHERE pg_catalog.starts_with(o.schema, 'pg_temp') LIMIT 1",
+            &[self.oid.into()],
+        )?;
+        if passing.is_empty() {
+            return Ok(());
+        }
+        let what = passing.first().required_text(1, "pg_depend")?;
+        Err(self.refuse(
+            PgSqlErrorCode::ERRCODE_DATATYPE_MISMATCH,
+            format!("It depends on {what}, which goes with the session, and would take columns or the table along."),
+            "Make that in a schema that lasts.",
         ))
     }
 
@@ -249,33 +287,49 @@ impl TableFacts {
     /// Makes sure that every key is unique and can be looked up as text by an index, where the table has
     /// none that serves, and makes those that the queue reads. They go with the binding or the extension.
     pub fn ensure_indexes(&self, db: &Db<'_>, backlog: &Backlog) -> Result<Vec<String>> {
+        let mut created = Vec::new();
+        for index in self.wanted_indexes(backlog)? {
+            created.push(self.make_index(db, backlog, &index)?);
+        }
+        Ok(created)
+    }
+
+    /// The indexes that binding makes, as the table has none of its own that serves.
+    pub fn wanted_indexes(&self, backlog: &Backlog) -> Result<Vec<WantedIndex>> {
         let columns = &backlog.columns;
-        let mut wanted = Vec::new();
+        let mut keys = Vec::new();
         let [first, further @ ..] = columns.keys.as_slice() else { return Ok(Vec::new()) };
         if !further.is_empty() || !self.serves(first)? {
-            wanted.push(("sd_id".to_owned(), columns.canonical("")));
+            keys.push(("sd_id".to_owned(), columns.canonical("")));
         }
         for (key, expression) in further.iter().zip(columns.aliases("")) {
             if !self.serves(key)? {
-                wanted.push((key.clone(), expression));
+                keys.push((key.clone(), expression));
             }
         }
-        let mut created = Vec::new();
-        for (name, expression) in wanted {
-            self.check_unique(db, &backlog.from, &expression)?;
-            let name = format!("pg_claims_{}_{name}", self.oid.to_u32());
-            created.push(self.create_index(
-                db,
-                "UNIQUE INDEX",
-                &name,
-                &format!("(({expression}))"),
-            )?);
+        let of_keys = keys.into_iter().map(|(name, expression)| WantedIndex {
+            kind: "UNIQUE INDEX",
+            name: format!("pg_claims_{}_{name}", self.oid.to_u32()),
+            definition: format!("(({expression}))"),
+            unique: Some(expression),
+        });
+        let of_queue = indexes::for_queue(backlog).into_iter().map(|(name, definition)| {
+            WantedIndex::of_queue(format!("pg_claims_{name}_{}", self.oid.to_u32()), definition)
+        });
+        Ok(of_keys.chain(of_queue).collect())
+    }
+
+    /// Makes one of them. Returns its name.
+    pub fn make_index(
+        &self,
+        db: &Db<'_>,
+        backlog: &Backlog,
+        index: &WantedIndex,
+    ) -> Result<String> {
+        if let Some(expression) = &index.unique {
+            self.check_unique(db, &backlog.from, expression)?;
         }
-        for (name, definition) in indexes::for_queue(backlog) {
-            let name = format!("pg_claims_{name}_{}", self.oid.to_u32());
-            created.push(self.create_index(db, "INDEX", &name, &definition)?);
-        }
-        Ok(created)
+        self.create_index(db, index.kind, &index.name, &index.definition)
     }
 
     fn create_index(
@@ -326,6 +380,26 @@ impl TableFacts {
             detail,
             hint: hint.into(),
         }
+    }
+}
+
+/// An index that the backlog is to have.
+#[derive(Debug)]
+pub struct WantedIndex {
+    /// `INDEX` or `UNIQUE INDEX`.
+    pub kind: &'static str,
+    /// Its name.
+    pub name: String,
+    /// All that stands behind the table's name in CREATE INDEX.
+    pub definition: String,
+    /// The expression that it keeps unique.
+    unique: Option<String>,
+}
+
+impl WantedIndex {
+    /// One that the queue reads.
+    pub fn of_queue(name: String, definition: String) -> Self {
+        Self { kind: "INDEX", name, definition, unique: None }
     }
 }
 

@@ -7,6 +7,8 @@
 mod own;
 
 use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::{Duration, Instant};
 
 use pg_claims_core::cycle::{self, Circular};
@@ -14,6 +16,7 @@ use pg_claims_core::listing::Entry;
 use pg_claims_core::queue::Shortage;
 use pgrx::pg_sys::BuiltinOid::{INT8OID, TEXTARRAYOID, TEXTOID};
 
+use crate::attempt;
 use crate::error::Result;
 use crate::spi::catalog::{self, Catalog};
 use crate::spi::claim::reap::REAPED;
@@ -28,32 +31,40 @@ const REMEMBERED: usize = 200;
 /// backlog's own: one bad SD must not keep everybody from the rest.
 const AVOIDED_FOR: Duration = Duration::from_secs(60);
 
+/// So many are kept in mind; of more the oldest is forgotten.
+const MOST_FAILED: usize = 100;
+
 thread_local! {
-    static FAILED: RefCell<Vec<(String, Instant)>> = const { RefCell::new(Vec::new()) };
+    static FAILED: RefCell<VecDeque<(String, Instant)>> = const { RefCell::new(VecDeque::new()) };
 }
 
-/// An SD that is being claimed from the queue. Unless that is said to have been done, it has failed with an
-/// error, which may unwind past everything.
-pub struct Attempt(Option<String>);
-
-impl Attempt {
-    /// Begins.
-    pub fn at(sd_id: &str) -> Self {
-        Self(Some(sd_id.to_owned()))
-    }
-
-    /// It did not fail.
-    pub fn done(mut self) {
-        self.0 = None;
-    }
-}
-
-impl Drop for Attempt {
-    fn drop(&mut self) {
-        if let Some(sd_id) = self.0.take() {
-            FAILED.with_borrow_mut(|failed| failed.push((sd_id, Instant::now())));
+/// Claims an SD from the queue. An error is the SD's own failure, unless the call was to end, the transaction is to
+/// be tried again, or the server lacks something.
+pub fn attempt<R>(sd_id: &str, claim: impl FnOnce() -> Result<R>) -> Result<R> {
+    // What the server raises passes on as it came, with all that it says.
+    match catch_unwind(AssertUnwindSafe(claim)) {
+        Ok(Ok(claimed)) => Ok(claimed),
+        Ok(Err(error)) => {
+            if !attempt::ends_all_with(error.code()) {
+                note_failure(sd_id);
+            }
+            Err(error)
+        }
+        Err(error) => {
+            if error.downcast_ref().is_some_and(|error| !attempt::ends_all(error)) {
+                note_failure(sd_id);
+            }
+            resume_unwind(error)
         }
     }
+}
+
+fn note_failure(sd_id: &str) {
+    FAILED.with_borrow_mut(|failed| {
+        failed.retain(|(known, _)| known != sd_id);
+        failed.truncate(MOST_FAILED - 1);
+        failed.push_front((sd_id.to_owned(), Instant::now()));
+    });
 }
 
 /// The SDs whose claim has failed on this connection lately. They are tried again where there is nothing

@@ -1,5 +1,6 @@
 //! Sessions: reading, registering, letting go of an SD, ending.
 
+mod owner;
 mod row;
 mod write;
 
@@ -15,17 +16,39 @@ use super::statement::{Db, Statement, required};
 use super::table::layout::Index;
 use super::table::layout::sessions as column;
 use super::table::{Key, Name, Snapshot, Table, Wait};
-use super::time;
+use super::{time, wait};
 use crate::error::Result;
 use crate::identity::Role;
 use crate::jsonb::Jsonb;
 
+pub use owner::{assign, follow_renames};
 pub use row::Session;
 pub use write::{Held, change, hold};
 
 /// The session, if it was ever registered.
 pub fn find(db: &Db<'_>, session_id: &str) -> Result<Option<Session>> {
     find_by(db, column::BY_SESSION_ID, session_id)
+}
+
+/// Waits for whoever is writing the session, such as a heartbeat or a claim of its own in an open transaction,
+/// without locking anything. Returns whether there was anybody to wait for.
+pub fn await_writer(db: &Db<'_>, session_id: &str) -> Result<bool> {
+    let table = Table::to_read(db, Name::Sessions)?;
+    let snapshot = Snapshot::take();
+    match table.find(&snapshot, column::BY_SESSION_ID, Key::Text(session_id)) {
+        Some(row) if row.is_contested() => {
+            wait::giving_way_unless_guarding(|| Ok(table.await_writer(&row)))
+        }
+        _ => Ok(false),
+    }
+}
+
+/// Whether another transaction is writing the session.
+pub fn is_contested(db: &Db<'_>, session_id: &str) -> Result<bool> {
+    let table = Table::to_read(db, Name::Sessions)?;
+    let snapshot = Snapshot::take();
+    let row = table.find(&snapshot, column::BY_SESSION_ID, Key::Text(session_id));
+    Ok(row.is_some_and(|row| row.is_contested()))
 }
 
 /// Whether sessions may be written directly, as far as this backend knows.
@@ -36,6 +59,14 @@ pub fn may_be_written_directly() -> bool {
 /// The session that holds an SD, live or stale.
 pub fn holder(db: &Db<'_>, sd_id: &str) -> Result<Option<Session>> {
     find_by(db, column::BY_SD_ID, sd_id)
+}
+
+/// The same, also where it came or went since the snapshot that this transaction keeps.
+pub fn latest_holder(db: &Db<'_>, sd_id: &str) -> Result<Option<Session>> {
+    let table = Table::to_read(db, Name::Sessions)?;
+    let snapshot = Snapshot::take_latest();
+    let found = table.find(&snapshot, column::BY_SD_ID, Key::Text(sd_id));
+    found.map(|row| Session::read(&row)).transpose()
 }
 
 fn find_by(db: &Db<'_>, index: Index, key: &str) -> Result<Option<Session>> {
@@ -65,8 +96,8 @@ static REGISTER: Statement = Statement::new(
     |c| {
         format!(
             "INSERT INTO {x}.claude_sessions AS s
-                    (session_id, hostname, tty, pid, codebase, metadata, owner_role, stale_after)
-             VALUES ($1, $2, $3, $4, $5, $6, $7, NULLIF($9, interval '0'))
+                    (session_id, hostname, tty, pid, codebase, metadata, owner_role, owner_oid, stale_after)
+             VALUES ($1, $2, $3, $4, $5, $6, $10::name, $7, NULLIF($9, interval '0'))
              ON CONFLICT (session_id) DO UPDATE
                 SET hostname = COALESCE(EXCLUDED.hostname, s.hostname),
                     tty = COALESCE(EXCLUDED.tty, s.tty),
@@ -74,17 +105,19 @@ static REGISTER: Statement = Statement::new(
                     codebase = COALESCE(EXCLUDED.codebase, s.codebase),
                     metadata = s.metadata OPERATOR(pg_catalog.||) EXCLUDED.metadata,
                     stale_after = CASE WHEN $9 IS NULL THEN s.stale_after ELSE EXCLUDED.stale_after END,
+                    -- After a rename.
+                    owner_role = CASE WHEN s.owner_oid = $7 THEN EXCLUDED.owner_role ELSE s.owner_role END,
                     status = CASE s.status WHEN 'released' THEN 'idle' ELSE s.status END,
                     released_at = CASE s.status WHEN 'released' THEN NULL ELSE s.released_at END,
                     release_reason = CASE s.status WHEN 'released' THEN NULL ELSE s.release_reason END,
                     heartbeat_at = GREATEST(s.heartbeat_at, pg_catalog.clock_timestamp()),
                     updated_at = pg_catalog.clock_timestamp()
-              WHERE s.owner_role = $7 OR $8
+              WHERE s.owner_oid = $7 OR $8
           RETURNING {STATE}",
             x = c.schema
         )
     },
-    &[TEXTOID, TEXTOID, TEXTOID, INT4OID, TEXTOID, JSONBOID, OIDOID, BOOLOID, INTERVALOID],
+    &[TEXTOID, TEXTOID, TEXTOID, INT4OID, TEXTOID, JSONBOID, OIDOID, BOOLOID, INTERVALOID, TEXTOID],
 );
 
 // Of the row `s`.
@@ -133,6 +166,7 @@ pub fn register(
             owner_role.0.into(),
             privileged.into(),
             session.stale_after.into(),
+            owner_role.name().into(),
         ],
     )?
     .map(|row| read_state(&row))
@@ -140,7 +174,8 @@ pub fn register(
 }
 
 /// Ends exactly the acquisition `claim_id`. `None` when the session does not hold it (any more).
-/// `unasked` says that not the session itself asked for it, so that its next heartbeat is told.
+/// `unasked` says that not the session itself asked for it, so that its next heartbeat is told. The SD must be
+/// locked.
 pub fn let_go(
     db: &Db<'_>,
     session_id: &str,

@@ -47,7 +47,7 @@ impl Session {
             claimed_at: row.instant(column::CLAIMED_AT)?,
             track: row.text(column::TRACK)?,
             status: row.required_text(column::STATUS, "claude_sessions.status")?,
-            owner_role: row.role(column::OWNER_ROLE, "claude_sessions.owner_role")?,
+            owner_role: row.role(column::OWNER_OID)?,
             hostname: row.text(column::HOSTNAME)?,
             tty: row.text(column::TTY)?,
             codebase: row.text(column::CODEBASE)?,
@@ -85,6 +85,13 @@ impl Session {
         }
     }
 
+    /// When a claim begins or ends that this session makes or loses now, which it holds since `claimed_at`: never
+    /// before its last one ended or this one began, also if the clock was set back.
+    pub fn moment(&self) -> DateTime<Utc> {
+        let known = [self.claimed_at, self.released_at];
+        known.into_iter().flatten().fold(time::now(), DateTime::max)
+    }
+
     /// The session without its claim, which ended `at` this moment. It is to learn of that with its next
     /// heartbeat if it `lost` the claim.
     pub fn without_claim(&self, at: DateTime<Utc>, reason: &str, lost: bool) -> Self {
@@ -97,7 +104,7 @@ impl Session {
             silent_until: None,
             lost_claim_id: self.claim_id.filter(|_| lost),
             lost_to: None,
-            released_at: Some(at),
+            released_at: Some(self.claimed_at.map_or(at, |claimed_at| claimed_at.max(at))),
             release_reason: Some(reason.into()),
             ..self.clone()
         }

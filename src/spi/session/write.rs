@@ -11,7 +11,7 @@ use crate::spi::directive;
 use crate::spi::statement::{Db, Statement};
 use crate::spi::table::layout::sessions as column;
 use crate::spi::table::{Key, Lock, Name, Snapshot, Table, TableRow, Update, Wait};
-use crate::spi::time;
+use crate::spi::{time, wait};
 
 /// Writes what `change` makes of the session, in one go with what follows from it: the claim history,
 /// the audit, the backlog. `None` where there is no such session, or `change` wants nothing.
@@ -39,6 +39,11 @@ pub fn change(
         let Some(new) = change(&old) else {
             return Ok(None);
         };
+        // What it is to be says when that was, which is after the wait.
+        if row.is_contested() {
+            wait::giving_way_unless_guarding(|| table.lock(&snapshot, &row, Wait::Block))?;
+            continue;
+        }
         let update = match wait {
             Wait::Block if table.update(&snapshot, &row, &new.written()?) => Update::Done,
             Wait::Block => Update::Outdated,
@@ -107,7 +112,11 @@ pub fn hold(db: &Db<'_>, session_id: &str, wait: Wait) -> Result<Option<Held>> {
         else {
             return Ok(None);
         };
-        match table.lock(&snapshot, &found, wait)? {
+        let mut lock = table.lock(&snapshot, &found, Wait::Skip)?;
+        if matches!(lock, Lock::Busy) && wait == Wait::Block {
+            lock = wait::giving_way_unless_guarding(|| table.lock(&snapshot, &found, wait))?;
+        }
+        match lock {
             Lock::Held(row) => {
                 let session = Session::read(&row)?;
                 if session.session_id != session_id {
@@ -195,6 +204,8 @@ fn write_by_statement(db: &Db<'_>, old: &Session, new: &Session) -> Result<()> {
     ];
     let _ending = (old.sd_id.is_some() && new.sd_id.is_none()).then(Ending::new);
     match db.first_row(&WRITE, &arguments)? {
+        // As a replica the server fires no trigger of these.
+        Some(_) if time::is_replica() => follow(db, old, new),
         Some(_) => Ok(()),
         None => Err(ClaimError::WriteRefused { session_id: new.session_id.clone() }),
     }

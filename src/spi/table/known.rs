@@ -21,6 +21,8 @@ pub struct Known {
     spare_indexes: Vec<Option<pg_sys::Oid>>,
     /// The primary key's position, if the table is read by it: by the first index.
     key: Option<usize>,
+    /// The columns that it had for a while, by their positions. They still have a place in each row.
+    pub(super) dropped: Vec<usize>,
     /// Whether it has just the triggers and constraints that the extension made, all in force, and no
     /// index that would run code of a user's.
     pub(super) is_as_made: bool,
@@ -123,7 +125,8 @@ pub type AllKnown = [Option<Rc<Known>>; Name::ALL.len()];
 // condition.
 const LOOK: &str = "
     SELECT c.oid, c.relnamespace,
-           ARRAY(SELECT a.attname || ' ' || a.atttypid FROM pg_catalog.pg_attribute a
+           ARRAY(SELECT CASE WHEN a.attisdropped THEN '' ELSE a.attname || ' ' || a.atttypid END
+                   FROM pg_catalog.pg_attribute a
                   WHERE a.attrelid = c.oid AND a.attnum > 0 ORDER BY a.attnum),
            ARRAY(SELECT k.conname::text FROM pg_catalog.pg_constraint k
                   WHERE k.conrelid = c.oid AND k.contype = 'c' ORDER BY k.conname),
@@ -194,7 +197,7 @@ impl Known {
                     all.iter().filter_map(|index| Entry::of(index, layout)).collect();
                 let is_as_made = is_plain
                     && has_decider(name, &entries)
-                    && columns.len() == layout.columns.len()
+                    && columns.iter().skip(layout.columns.len()).all(String::is_empty)
                     && computed.iter().all(|index| layout.computed.contains(&index.as_str()))
                     && same_names(&not_null, layout.not_null)
                     && same_names(&checks, layout.checks)
@@ -206,6 +209,7 @@ impl Known {
                     indexes,
                     spare_indexes: spare_indexes(layout, found, schema),
                     key,
+                    dropped: dropped(&columns),
                     is_as_made,
                     entries,
                     has_other_indexes,
@@ -234,6 +238,13 @@ impl Known {
     }
 }
 
+/// Which columns are not there any more; they have no name in [`LOOK`].
+fn dropped(columns: &[String]) -> Vec<usize> {
+    let numbered = columns.iter().enumerate();
+    numbered.filter(|(_, column)| column.is_empty()).map(|(at, _)| at + 1).collect()
+}
+
+/// Whether the table begins with the columns as they were made. Others may have come, or come and gone.
 fn has_columns(layout: &Layout, columns: &[String]) -> bool {
     let made = layout.columns.iter().map(|(name, of_type)| format!("{name} {}", of_type.value()));
     columns.len() >= layout.columns.len() && made.zip(columns).all(|(made, is)| made == *is)

@@ -103,10 +103,75 @@ const fn is_same(a: &[u8], b: &[u8]) -> bool {
     true
 }
 
+/// Whether the installation script makes the part of that kind and name of a table of the extension's.
+pub fn is_made(table: &str, kind: &str, name: &str) -> bool {
+    let key = name.strip_prefix(table).unwrap_or_default();
+    if let Some(known) =
+        super::Name::ALL.into_iter().map(super::Name::layout).find(|known| known.name == table)
+    {
+        return match kind {
+            "column" => known.position(name).is_some(),
+            "trigger" => known.triggers.contains(&name),
+            "constraint" => key == "_pkey" || known.checks.contains(&name),
+            "index" => {
+                known.indexes.iter().any(|(index, _)| *index == name)
+                    || known.spare_indexes.iter().any(|(index, _, _)| *index == name)
+            }
+            _ => false,
+        };
+    }
+    let (columns, triggers, constraints): (&[&str], &[&str], &[&str]) = match table {
+        "lifecycle_event_positions" => {
+            (&["position", "event_id"], &["_restore_trigger"], &["_pkey", "_event_id_key"])
+        }
+        "event_frontier" => (
+            &[
+                "is_frontier",
+                "scanned_to",
+                "gaps_first",
+                "gaps_last",
+                "gaps_before",
+                "announced_to",
+            ],
+            &["_restore_trigger"],
+            &["_pkey", "_at_most_one_check"],
+        ),
+        "directive_binding" => (
+            &[
+                "bound_table",
+                "key_columns",
+                "title_column",
+                "status_column",
+                "priority_column",
+                "track_column",
+                "rank_column",
+                "dependencies_column",
+                "parent_column",
+                "created_at_column",
+                "is_working_on_column",
+                "active_session_id_column",
+                "terminal_statuses",
+                "bound_at",
+                "bound_by",
+                "is_bound",
+            ],
+            &["_trigger"],
+            &["_pkey", "_at_most_one_check"],
+        ),
+        _ => return true,
+    };
+    match kind {
+        "column" => columns.contains(&name),
+        "trigger" => triggers.contains(&key),
+        "constraint" => constraints.contains(&key),
+        _ => false,
+    }
+}
+
 /// `claude_sessions`.
 pub mod sessions {
     use pgrx::pg_sys::BuiltinOid::{
-        INT4OID, INT8OID, INTERVALOID, JSONBOID, REGROLEOID, TEXTOID, TIMESTAMPTZOID, UUIDOID,
+        INT4OID, INT8OID, INTERVALOID, JSONBOID, NAMEOID, OIDOID, TEXTOID, TIMESTAMPTZOID, UUIDOID,
     };
 
     use super::{Index, Layout};
@@ -131,7 +196,7 @@ pub mod sessions {
             ("updated_at", TIMESTAMPTZOID),
             ("claim_id", INT8OID),
             ("silent_until", TIMESTAMPTZOID),
-            ("owner_role", REGROLEOID),
+            ("owner_role", NAMEOID),
             ("released_at", TIMESTAMPTZOID),
             ("release_reason", TEXTOID),
             ("lost_claim_id", INT8OID),
@@ -141,6 +206,7 @@ pub mod sessions {
             ("progress_note", TEXTOID),
             ("stale_noted_for", TIMESTAMPTZOID),
             ("age_warned_for", INT8OID),
+            ("owner_oid", OIDOID),
         ],
         not_null: &[
             "id",
@@ -162,7 +228,10 @@ pub mod sessions {
         triggers: &[
             "claude_sessions_changed_trigger",
             "claude_sessions_complete_trigger",
+            "claude_sessions_delete_trigger",
             "claude_sessions_deleted_trigger",
+            "claude_sessions_replicated_trigger",
+            "claude_sessions_restore_trigger",
             "claude_sessions_set_back_trigger",
             "claude_sessions_truncate_trigger",
             "claude_sessions_truncated_trigger",
@@ -185,6 +254,7 @@ pub mod sessions {
     pub const CLAIM_ID: usize = LAYOUT.column("claim_id");
     pub const SILENT_UNTIL: usize = LAYOUT.column("silent_until");
     pub const OWNER_ROLE: usize = LAYOUT.column("owner_role");
+    pub const OWNER_OID: usize = LAYOUT.column("owner_oid");
     pub const RELEASED_AT: usize = LAYOUT.column("released_at");
     pub const RELEASE_REASON: usize = LAYOUT.column("release_reason");
     pub const LOST_CLAIM_ID: usize = LAYOUT.column("lost_claim_id");
@@ -231,6 +301,7 @@ pub mod claims {
             "sd_claims_protect_insert_trigger",
             "sd_claims_protect_update_trigger",
             "sd_claims_protect_delete_trigger",
+            "sd_claims_restore_trigger",
             "sd_claims_truncate_trigger",
         ],
         checks: &["sd_claims_closed_check"],
@@ -282,7 +353,7 @@ pub mod events {
         indexes: &[],
         spare_indexes: &[],
         computed: &[],
-        triggers: &[],
+        triggers: &["session_lifecycle_events_restore_trigger"],
         checks: &[],
     };
 
@@ -370,6 +441,7 @@ pub mod conflicts {
         checks: &["sd_conflict_matrix_order_check", "sd_conflict_matrix_severity_check"],
     };
 
+    pub const CONFLICT_ID: usize = LAYOUT.column("conflict_id");
     pub const SEVERITY: usize = LAYOUT.column("conflict_severity");
 
     pub const OPEN_BY_SD_A: Index = LAYOUT.index("sd_conflict_matrix_open_key");
@@ -422,6 +494,8 @@ pub mod directives {
             "pg_claims_finished",
             "pg_claims_truncated",
             "zz_pg_claims_mirror_insert",
+            "zz_pg_claims_mirror_inserted",
+            "zz_pg_claims_mirror_renamed",
             "zz_pg_claims_mirror_update",
         ],
         checks: &["strategic_directives_v2_sd_id_check"],

@@ -25,13 +25,14 @@ use super::catalog::{self, Catalog};
 use super::statement::Db;
 use super::time;
 use crate::error::{ClaimError, Result};
+use crate::service;
 use layout::Layout;
 
 pub use known::{AllKnown, Known};
 pub use places::init;
 pub use read::{Key, TableRow};
 pub use snapshot::Snapshot;
-pub use write::{Lock, NewRow, Update, Wait, next_value};
+pub use write::{Lock, NewRow, Update, Wait};
 
 /// One of the tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,27 +86,56 @@ impl Table {
         Self::open(db, name, pg_sys::RowExclusiveLock)
     }
 
-    /// Opens it to be written, if it is known already and may be written directly.
+    /// Opens it to be written, if it is known already and may be written directly. Not on a standby: there whoever
+    /// connects is told.
     pub fn to_write_directly(name: Name) -> Option<Self> {
+        if service::is_in_recovery() {
+            return None;
+        }
         let table = Self::open_as_known(&catalog::known()?, name, pg_sys::RowExclusiveLock)?;
         table.may_be_written().then_some(table)
     }
 
+    /// Opens it to be read as it is known. `None` where it is known no more.
+    pub fn to_read_as_known(catalog: &Rc<Catalog>, name: Name) -> Option<Self> {
+        Self::open_as_known(catalog, name, pg_sys::AccessShareLock)
+    }
+
+    /// `None` where it is known no more.
+    fn open_as_known(catalog: &Rc<Catalog>, name: Name, mode: u32) -> Option<Self> {
+        let table = Self::open_known(catalog, name, mode)?;
+        // Whoever was waited for may have changed it; from here on nobody can.
+        catalog::known().is_some_and(|now| Rc::ptr_eq(&now, catalog)).then_some(table)
+    }
+
     fn open(db: &Db<'_>, name: Name, mode: u32) -> Result<Self> {
-        loop {
+        for _ in 0..catalog::MOST_TRIES {
             pgrx::check_for_interrupts!();
             let catalog = db.catalog()?;
             if catalog.table(name).is_none() {
                 return Err(ClaimError::Corrupt { what: name.layout().name });
             }
-            if let Some(table) = Self::open_as_known(&catalog, name, mode) {
+            let Some(table) = Self::open_known(&catalog, name, mode) else {
+                catalog::doubt();
+                continue;
+            };
+            // Whoever was waited for may have changed it; from here on nobody can. It counts what it is like: that
+            // the catalogue is read once more, for whatever reason, does not mean that this has changed.
+            if catalog::known().is_none() && catalog::is_still(db, &catalog, name, &table.known)? {
+                return Ok(table);
+            }
+            let now = db.catalog()?;
+            let is_so = |now: &Rc<Known>| Rc::ptr_eq(now, &table.known) || **now == *table.known;
+            if now.table(name).is_some_and(is_so) {
                 return Ok(table);
             }
         }
+        // Whoever keeps one snapshot may go on seeing a table that is gone.
+        Err(ClaimError::Serialization)
     }
 
-    /// `None` where it is known no more, because it was changed meanwhile.
-    fn open_as_known(catalog: &Rc<Catalog>, name: Name, mode: u32) -> Option<Self> {
+    /// `None` where it is not there any more.
+    fn open_known(catalog: &Catalog, name: Name, mode: u32) -> Option<Self> {
         let known = Rc::clone(catalog.table(name)?);
         // SAFETY: null if there is no such table any more; closed on drop, or by the server when the
         // transaction aborts.
@@ -113,9 +143,7 @@ impl Table {
         if relation.is_null() {
             return None;
         }
-        let table = Self { known, relation };
-        // Whoever was waited for may have changed it; from here on nobody can.
-        catalog::known().is_some_and(|now| Rc::ptr_eq(&now, catalog)).then_some(table)
+        Some(Self { known, relation })
     }
 
     /// The table.
@@ -131,13 +159,11 @@ impl Table {
     /// Whether the table may be written directly: it has just the triggers and constraints that the
     /// extension made, and those are in force.
     pub fn may_be_written(&self) -> bool {
-        // SAFETY: reads a variable of this process's.
-        let role = unsafe { pg_sys::SessionReplicationRole };
         self.known.is_as_made
             // What was read in such a transaction may be older than the table; and only a statement tells
             // a claim that its snapshot does not show.
             && !time::has_transaction_snapshot()
-            && role != pg_sys::SESSION_REPLICATION_ROLE_REPLICA as i32
+            && !time::is_replica()
     }
 }
 

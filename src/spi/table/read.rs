@@ -298,6 +298,35 @@ impl TableRow {
         Ok(name.to_string_lossy().into_owned())
     }
 
+    /// The transaction that has locked or written the row since it was read, and has not ended, unless it is this
+    /// one. `None` also where there may be several; whoever writes the row will see.
+    pub(super) fn writer(&self) -> Option<pg_sys::TransactionId> {
+        // SAFETY: the slot holds a row as it lies in its page, which stays there while the slot has it. What
+        // others write there meanwhile is read or not.
+        unsafe {
+            let mut is_copy = false;
+            let tuple = pg_sys::ExecFetchSlotHeapTuple(self.slot, false, &mut is_copy);
+            let header = (*tuple).t_data;
+            let flags = u32::from((*header).t_infomask);
+            let writer = (*header).t_choice.t_heap.t_xmax;
+            let key_shared = pg_sys::HEAP_XMAX_KEYSHR_LOCK;
+            let locks = key_shared | pg_sys::HEAP_XMAX_EXCL_LOCK;
+            let is_none = flags & (pg_sys::HEAP_XMAX_INVALID | pg_sys::HEAP_XMAX_IS_MULTI) != 0
+                // A foreign key's look.
+                || flags & (pg_sys::HEAP_XMAX_LOCK_ONLY | locks)
+                    == pg_sys::HEAP_XMAX_LOCK_ONLY | key_shared
+                || is_copy
+                || pg_sys::TransactionIdIsCurrentTransactionId(writer)
+                || !pg_sys::TransactionIdIsInProgress(writer);
+            (!is_none).then_some(writer)
+        }
+    }
+
+    /// Whether another transaction, which has not ended, has locked or written the row since it was read.
+    pub fn is_contested(&self) -> bool {
+        self.writer().is_some()
+    }
+
     /// Where it is.
     pub(super) fn place(&self) -> pg_sys::ItemPointer {
         // SAFETY: the slot is valid as long as this is.
@@ -332,8 +361,8 @@ impl Row for TableRow {
         Ok(self.get::<Interval>(position).map(|interval| time::from_interval(&interval)))
     }
 
-    fn role(&self, position: usize, what: &'static str) -> Result<Role> {
-        self.get::<pg_sys::Oid>(position).map(Role).ok_or(ClaimError::Corrupt { what })
+    fn role(&self, position: usize) -> Result<Role> {
+        Ok(self.get::<pg_sys::Oid>(position).map_or(Role::NOBODY, Role))
     }
 
     fn flag(&self, position: usize) -> Result<bool> {

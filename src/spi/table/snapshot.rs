@@ -19,6 +19,17 @@ impl Snapshot {
     }
 }
 
+impl Snapshot {
+    /// Takes one of this very moment, also in a transaction that keeps its own.
+    pub fn take_latest() -> Self {
+        // SAFETY: as above.
+        unsafe {
+            pg_sys::CommandCounterIncrement();
+            Self { raw: pg_sys::RegisterSnapshot(pg_sys::GetLatestSnapshot()) }
+        }
+    }
+}
+
 impl Drop for Snapshot {
     fn drop(&mut self) {
         // After an error the abort of the transaction or savepoint does it.

@@ -82,6 +82,18 @@ impl NewRow {
     }
 }
 
+/// Neither a read-only transaction nor a parallel worker may write.
+///
+/// # Safety
+/// In a transaction.
+unsafe fn check_may_write(command: &CStr) {
+    // SAFETY: as promised; the server raises an error that names the command.
+    unsafe {
+        pg_sys::PreventCommandIfReadOnly(command.as_ptr());
+        pg_sys::PreventCommandIfParallelMode(command.as_ptr());
+    }
+}
+
 impl Table {
     /// Locks a row that was found, against everything but foreign keys' looks.
     pub fn lock(&self, snapshot: &Snapshot, row: &TableRow, wait: Wait) -> Result<Lock> {
@@ -94,7 +106,7 @@ impl Table {
         let mut failure = pg_sys::TM_FailureData::default();
         // SAFETY: the row's place is one that the snapshot shows; the slot is one of the table's.
         let result = unsafe {
-            pg_sys::PreventCommandIfReadOnly(c"SELECT FOR NO KEY UPDATE".as_ptr());
+            check_may_write(c"SELECT FOR NO KEY UPDATE");
             let mut place = *row.place();
             pg_sys::table_tuple_lock(
                 self.relation,
@@ -126,6 +138,20 @@ impl Table {
         }
     }
 
+    /// Waits for whoever has locked or written the row since it was read, without locking it. Returns whether there
+    /// was anybody to wait for.
+    pub fn await_writer(&self, row: &TableRow) -> bool {
+        let Some(writer) = row.writer() else {
+            return false;
+        };
+        // SAFETY: the table is open, and the row's place is set.
+        unsafe {
+            let lock = pg_sys::XLTW_Oper::XLTW_Lock;
+            pg_sys::XactLockTableWait(writer, self.relation, row.place(), lock);
+        }
+        true
+    }
+
     /// Gives a row that was found some new values, unless another transaction has changed it since: then
     /// false. Waits for one that is just doing so.
     pub fn update(&self, snapshot: &Snapshot, row: &TableRow, new: &NewRow) -> bool {
@@ -150,11 +176,15 @@ impl Table {
         // SAFETY: both slots are of this table and its columns have been taken apart; the old row stays
         // in memory until the new one has been made of it. The values are of the columns' types.
         let (result, indexes) = unsafe {
-            pg_sys::PreventCommandIfReadOnly(c"UPDATE".as_ptr());
+            check_may_write(c"UPDATE");
             pg_sys::CheckCmdReplicaIdentity(self.relation, pg_sys::CmdType::CMD_UPDATE);
             let columns = (*(*self.relation).rd_att).natts as usize;
             (*written.slot).tts_values.copy_from_nonoverlapping((*row.slot).tts_values, columns);
             (*written.slot).tts_isnull.copy_from_nonoverlapping((*row.slot).tts_isnull, columns);
+            // As every statement leaves them behind.
+            for position in &self.known.dropped {
+                *(*written.slot).tts_isnull.add(position - 1) = true;
+            }
             new.fill(written.slot);
             pg_sys::ExecStoreVirtualTuple(written.slot);
             let mut indexes = Indexes::default();
@@ -199,7 +229,7 @@ impl Table {
         let written = self.empty_row();
         // SAFETY: the slot is of this table, and all its columns are filled.
         unsafe {
-            pg_sys::PreventCommandIfReadOnly(c"INSERT".as_ptr());
+            check_may_write(c"INSERT");
             let columns = (*(*self.relation).rd_att).natts as usize;
             std::slice::from_raw_parts_mut((*written.slot).tts_isnull, columns).fill(true);
             new.fill(written.slot);
@@ -409,18 +439,4 @@ fn only_summarizing(indexes: Indexes) -> Option<bool> {
 fn only_summarizing(indexes: Indexes) -> Option<bool> {
     use pg_sys::TU_UpdateIndexes::{TU_None, TU_Summarizing};
     (indexes != TU_None).then_some(indexes == TU_Summarizing)
-}
-
-unsafe extern "C-unwind" {
-    // Of commands/sequence.h, which pgrx does not bind.
-    fn nextval_internal(sequence: pg_sys::Oid, check_permissions: bool) -> i64;
-}
-
-/// The next value of a sequence of the extension's own, whatever the caller's rights.
-pub fn next_value(sequence: pg_sys::Oid, of: &'static str) -> Result<i64> {
-    if sequence == pg_sys::Oid::INVALID {
-        return Err(ClaimError::Corrupt { what: of });
-    }
-    // SAFETY: an error is caught at the boundary and unwinds as usual.
-    Ok(unsafe { pg_sys::ffi::pg_guard_ffi_boundary(|| nextval_internal(sequence, false)) })
 }

@@ -78,7 +78,7 @@ BEGIN
     IF NOT FOUND OR v_session.status = 'released' THEN
         RETURN jsonb_build_object('success', false, 'error', 'session_not_found');
     END IF;
-    IF NOT pg_has_role(session_user, v_session.owner_role, 'MEMBER') THEN
+    IF NOT pg_has_role(session_user, v_session.owner_oid, 'MEMBER') THEN
         RAISE insufficient_privilege;
     END IF;
     SELECT status INTO v_status FROM peer.strategic_directives_v2 WHERE sd_id = p_sd_id FOR UPDATE;

@@ -43,7 +43,11 @@ impl fmt::Display for Seen {
 
 /// Has every session beat once.
 pub fn beat_all(client: &mut Client) -> Result<()> {
-    let beat = "SELECT (heartbeat_sessions(array_agg(session_id))->>'success')::boolean FROM claude_sessions";
+    // As many in a call as it takes.
+    let beat = "SELECT bool_and((heartbeat_sessions(ids)->>'success')::boolean)
+                  FROM (SELECT array_agg(session_id) AS ids
+                          FROM (SELECT session_id, row_number() OVER () / 10000 AS part FROM claude_sessions) numbered
+                         GROUP BY part) parts";
     let success: bool = client.query_one(beat, &[])?.get(0);
     ensure!(success, "not all heartbeats were recorded");
     Ok(())

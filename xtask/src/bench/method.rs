@@ -36,7 +36,7 @@ pub fn text(sizes: &Sizes, plan: &pgbench::Plan, server: &str, extension: &str) 
   have ended meanwhile.
 - 11: events are announced or not, in turns; the worker begins anew before each. What the delivery of so
   many bytes costs by itself is measured without announcements, with a client that sends as many by bare
-  NOTIFY as were heard a second in the last turn with announcements, in messages of 7900 bytes, every
+  NOTIFY as were heard a second in the last turn with announcements, in messages of 7900 bytes at most, every
   300 ms (the pace of the worker under load).
 - The bare writes are the rows that a claim and a release write, as two statements with data-modifying
   CTEs on tables of the same columns and indexes, without any check. Their backlog has one index

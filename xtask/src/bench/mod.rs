@@ -16,7 +16,9 @@ mod scripts;
 mod work;
 
 use std::fs;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -111,6 +113,24 @@ struct Bench {
     /// Without one.
     table_server: Server,
     findings: Vec<Finding>,
+}
+
+/// Whether this program was built in [`PROFILE`], as its clients must be.
+pub const IS_OPTIMISED: bool = !cfg!(debug_assertions);
+
+/// The profile of Cargo.toml for that: no other command waits for it to be built.
+const PROFILE: &str = "clients";
+
+/// Replaces this program by itself, built in [`PROFILE`], with the same arguments.
+pub fn run_optimised(layout: &Layout) -> Result<()> {
+    progress::step("building the benchmark's clients (a minute or two the first time)");
+    let error = Command::new(env!("CARGO"))
+        .args(["run", "--quiet", "--profile", PROFILE, "--package", "xtask", "--manifest-path"])
+        .arg(layout.root().join("Cargo.toml"))
+        .arg("--")
+        .args(std::env::args_os().skip(1))
+        .exec();
+    Err(error).context("could not run cargo")
 }
 
 /// Sets up, compares, prints the table and writes the report.

@@ -8,9 +8,8 @@ use nix::unistd::geteuid;
 use super::run_visibly;
 use crate::progress;
 
-/// What building needs; libssl-dev and pkg-config are for cargo-pgrx, libclang-dev for the
-/// bindings to the server's headers.
-pub const BUILD: [&str; 4] = ["build-essential", "pkg-config", "libssl-dev", "libclang-dev"];
+/// What building needs; libclang-dev is for the bindings to the server's headers.
+pub const BUILD: [&str; 2] = ["build-essential", "libclang-dev"];
 
 /// Installs those of `packages` that are missing.
 pub fn ensure(packages: &[&str]) -> Result<()> {
@@ -86,7 +85,8 @@ fn has_candidate(package: &str) -> bool {
     })
 }
 
-fn which(program: &str) -> Option<std::path::PathBuf> {
+/// The program of that name on the PATH.
+pub fn which(program: &str) -> Option<std::path::PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path).map(|dir| dir.join(program)).find(|file| file.is_file())
 }

@@ -4,13 +4,22 @@
 //! depends on both. Each backend reads that once and keeps it until the server says that one of
 //! the tables concerned has changed.
 
+mod lock;
+
+pub use lock::{
+    MOST_TRIES, exclude_claims, is_unfinished_as_known, lock_backlog, try_usable_backlog,
+    usable_backlog,
+};
+
 use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, c_void};
 use std::rc::Rc;
 
-use pgrx::pg_sys;
+use pgrx::{IntoDatum, pg_sys};
 
 use super::directive::{Backlog, Columns};
+use super::foreign;
+use super::numbers::{Kind, Source};
 use super::row::Row;
 use super::statement::{self, Db, required};
 use super::table::{AllKnown, Known, Name};
@@ -23,6 +32,8 @@ use crate::identity::Unacting;
 pub struct Catalog {
     /// The extension; another one after it was dropped and created again.
     pub extension: pg_sys::Oid,
+    /// A trigger of an ordinary role's on one of its tables, described.
+    pub foreign_code: Option<String>,
     /// Its schema, quoted for use in SQL.
     pub schema: String,
     /// The sessions.
@@ -37,18 +48,26 @@ pub struct Catalog {
     pub is_own_backlog_in_use: bool,
     /// The extension's own tables, in the order of [`Name::ALL`].
     tables: AllKnown,
-    /// Where fencing tokens come from.
-    pub claim_ids: pg_sys::Oid,
-    /// Where the numbers of events come from.
-    pub event_ids: pg_sys::Oid,
+    /// Where numbers come from, in the order of [`Kind::ALL`].
+    pub numbers: [Source; Kind::ALL.len()],
     /// The relations whose change makes this wrong.
     watched: Watched,
 }
 
-/// The backlog in use, its view, and each of the extension's own tables.
-type Watched = [pg_sys::Oid; 2 + Name::ALL.len()];
+/// The extension's tables that only statements read and write: nobody's code may come to be on them.
+const FURTHER: [&CStr; 6] = [
+    c"lifecycle_event_positions",
+    c"event_frontier",
+    c"installation",
+    c"heartbeat_connections",
+    c"worker_health",
+    c"directive_binding",
+];
 
-const UNKNOWN: Watched = [pg_sys::Oid::INVALID; 2 + Name::ALL.len()];
+/// The backlog in use, its view, and each of the extension's own tables.
+type Watched = [pg_sys::Oid; 2 + Name::ALL.len() + FURTHER.len()];
+
+const UNKNOWN: Watched = [pg_sys::Oid::INVALID; 2 + Name::ALL.len() + FURTHER.len()];
 
 impl Catalog {
     /// Whether the backlog is the extension's own table, whatever has become of that.
@@ -66,15 +85,22 @@ impl Catalog {
 thread_local! {
     static CURRENT: RefCell<Option<Rc<Catalog>>> = const { RefCell::new(None) };
     static CHANGED: Cell<bool> = const { Cell::new(true) };
+    /// Whether the server has forgotten everything since the catalogue was read, as it does when it has lost count of
+    /// what changed: anything may have changed then.
+    static FORGOTTEN: Cell<bool> = const { Cell::new(false) };
+    /// Whose turn it was when the catalogue was read: the time at which the client's statement began. 0 where
+    /// somebody has waited for a lock since.
+    static READ_FOR: Cell<i64> = const { Cell::new(0) };
     /// How often one of the relations has changed, as far as this backend has heard.
     static CHANGES: Cell<u64> = const { Cell::new(0) };
     /// Whether the catalogue was read on a snapshot that a transaction keeps.
     static IS_OLD: Cell<bool> = const { Cell::new(false) };
     /// All invalid while the catalogue is being read: then every change counts.
     static WATCHED: Cell<Watched> = const { Cell::new(UNKNOWN) };
-    /// The partitions of the backlog in use, which are watched as well: of a backlog that has changed they are left
-    /// behind for good, as the callback may be looking at them.
-    static PARTITIONS: Cell<&'static [pg_sys::Oid]> = const { Cell::new(&[]) };
+    /// The partitions of the backlog in use, which are watched as well.
+    static PARTITIONS: RefCell<Vec<pg_sys::Oid>> = const { RefCell::new(Vec::new()) };
+    /// The server's hashes of the sequences that numbers come from, by which it tells of their change.
+    static SEQUENCES: Cell<[u32; Kind::ALL.len()]> = const { Cell::new([0; Kind::ALL.len()]) };
 }
 
 /// Asks the server to report changed relations and renamed schemas.
@@ -89,6 +115,11 @@ pub fn watch() {
             Some(schema_changed),
             pg_sys::Datum::null(),
         );
+        pg_sys::CacheRegisterSyscacheCallback(
+            pg_sys::SysCacheIdentifier::SEQRELID as i32,
+            Some(sequence_changed),
+            pg_sys::Datum::null(),
+        );
     }
 }
 
@@ -96,11 +127,12 @@ pub fn watch() {
 // must neither allocate nor raise an error.
 extern "C-unwind" fn relation_changed(_: pg_sys::Datum, relation: pg_sys::Oid) {
     let watched = WATCHED.get();
-    let any = pg_sys::Oid::INVALID;
-    if relation == any
-        || watched == UNKNOWN
+    if relation == pg_sys::Oid::INVALID {
+        FORGOTTEN.set(true);
+        CHANGES.set(CHANGES.get() + 1);
+    } else if watched == UNKNOWN
         || watched.contains(&relation)
-        || PARTITIONS.get().contains(&relation)
+        || PARTITIONS.with(|all| all.try_borrow().is_ok_and(|all| all.contains(&relation)))
     {
         CHANGED.set(true);
         CHANGES.set(CHANGES.get() + 1);
@@ -109,9 +141,12 @@ extern "C-unwind" fn relation_changed(_: pg_sys::Datum, relation: pg_sys::Oid) {
 
 unsafe extern "C-unwind" fn transaction_ends(event: pg_sys::XactEvent::Type, _: *mut c_void) {
     use pg_sys::XactEvent::{XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PREPARE};
-    let ends = [XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PREPARE];
-    if ends.contains(&event) && IS_OLD.replace(false) {
-        CHANGED.set(true);
+    if [XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PREPARE].contains(&event) {
+        // With the transaction go its locks.
+        doubt();
+        if IS_OLD.replace(false) {
+            CHANGED.set(true);
+        }
     }
 }
 
@@ -120,18 +155,88 @@ pub fn changes() -> u64 {
     CHANGES.get()
 }
 
-extern "C-unwind" fn schema_changed(_: pg_sys::Datum, _: i32, _: u32) {
-    CHANGED.set(true);
+extern "C-unwind" fn schema_changed(_: pg_sys::Datum, _: i32, schema: u32) {
+    // 0 stands for all of them.
+    if schema == 0 {
+        FORGOTTEN.set(true);
+    } else {
+        CHANGED.set(true);
+    }
+}
+
+extern "C-unwind" fn sequence_changed(_: pg_sys::Datum, _: i32, hash: u32) {
+    let any = 0;
+    if hash == any || WATCHED.get() == UNKNOWN || SEQUENCES.get().contains(&hash) {
+        CHANGED.set(true);
+    }
 }
 
 /// The catalogue, if it has been read and has not changed since.
 pub fn known() -> Option<Rc<Catalog>> {
-    if CHANGED.get() { None } else { CURRENT.with_borrow(Clone::clone) }
+    if CHANGED.get() || FORGOTTEN.get() { None } else { CURRENT.with_borrow(Clone::clone) }
+}
+
+/// The catalogue as far as it is known to a statement of the client's for which it has been read: that the server has
+/// forgotten everything since, which it may do at any moment, does not have it read all the time. Whoever has waited
+/// for a lock looks again.
+fn known_to_statement() -> Option<Rc<Catalog>> {
+    if CHANGED.get() || (FORGOTTEN.get() && READ_FOR.get() != statement_start()) {
+        return None;
+    }
+    CURRENT.with_borrow(Clone::clone)
+}
+
+fn statement_start() -> i64 {
+    // SAFETY: reads a variable of this process's.
+    unsafe { pg_sys::GetCurrentStatementStartTimestamp() }
+}
+
+/// Has the catalogue be read again if anything may have changed: after waiting for a lock.
+pub fn doubt() {
+    READ_FOR.set(0);
+}
+
+/// Whether `table` is still what is known of it, if all that is to be doubted is that the server has forgotten
+/// everything. The catalogue itself is not read for that.
+pub fn is_still(db: &Db<'_>, catalog: &Catalog, name: Name, table: &Known) -> Result<bool> {
+    if CHANGED.get() {
+        return Ok(false);
+    }
+    // First, or what is done below would take them, and give back more than there were.
+    db.take_rights()?;
+    let oids =
+        Name::ALL.map(|name| catalog.table(name).map_or(pg_sys::Oid::INVALID, |known| known.oid));
+    let _rights = Unacting::new();
+    let now = Known::look(db, oids)?;
+    let is_so = now[name as usize].as_deref() == Some(table);
+    if !is_so {
+        doubt();
+    }
+    Ok(is_so)
+}
+
+/// The table of sessions that goes with `function`, which is one of the extension's. Takes no lock, so that it can be
+/// told whatever is locked: where the catalogue is not known, or not any more, the table is looked up beside the
+/// function.
+pub fn sessions_of(function: pg_sys::Oid) -> Option<pg_sys::Oid> {
+    if !CHANGED.get()
+        && !FORGOTTEN.get()
+        && let Some(known) = CURRENT.with_borrow(|now| now.as_ref().map(|now| now.sessions))
+    {
+        return Some(known);
+    }
+    // SAFETY: both look things up in the server's caches of its catalogues, by names and numbers alone; the function
+    // is there while it runs. Invalid where there is no such table.
+    let table = unsafe {
+        let schema = pg_sys::get_func_namespace(function);
+        pg_sys::get_relname_relid(c"claude_sessions".as_ptr(), schema)
+    };
+    (table != pg_sys::Oid::INVALID).then_some(table)
 }
 
 /// The catalogue, read anew if it has changed.
 pub fn current(db: &Db<'_>) -> Result<Rc<Catalog>> {
-    if let Some(current) = known() {
+    if let Some(current) = known_to_statement() {
         return Ok(current);
     }
     // Also while this acts as the backlog's owner, who may not read it all.
@@ -148,6 +253,7 @@ pub fn current(db: &Db<'_>) -> Result<Rc<Catalog>> {
             IS_OLD.set(time::has_transaction_snapshot());
             let catalog = adopt(catalog);
             reading.done();
+            READ_FOR.set(statement_start());
             Ok(catalog)
         }
         Err(error) => Err(error),
@@ -162,6 +268,7 @@ struct Reading {
 impl Reading {
     fn new() -> Self {
         CHANGED.set(false);
+        FORGOTTEN.set(false);
         Self { is_done: false }
     }
 
@@ -180,87 +287,46 @@ impl Drop for Reading {
 
 fn adopt(catalog: Catalog) -> Rc<Catalog> {
     WATCHED.set(catalog.watched);
+    SEQUENCES.set(catalog.numbers.map(|source| {
+        let sequence = source.sequence.into_datum().unwrap_or(pg_sys::Datum::null());
+        let (cache, none) = (pg_sys::SysCacheIdentifier::SEQRELID as i32, pg_sys::Datum::null());
+        // SAFETY: computes a hash of the key.
+        unsafe { pg_sys::GetSysCacheHashValue(cache, sequence, none, none, none) }
+    }));
     if let Some(current) = CURRENT.with_borrow(Clone::clone)
         && *current == catalog
     {
         return current;
     }
-    statement::forget_plans();
-    let partitions = catalog.backlog.as_ref().map_or(&[][..], |backlog| &backlog.partitions);
-    if partitions != PARTITIONS.get() {
-        PARTITIONS.set(partitions.to_vec().leak());
-    }
+    statement::doubt_plans();
+    let partitions = catalog.backlog.as_ref().map(|backlog| backlog.partitions.clone());
+    // The callback cannot come in between: nothing else runs while this is put in place.
+    drop(PARTITIONS.replace(partitions.unwrap_or_default()));
     let catalog = Rc::new(catalog);
     CURRENT.set(Some(Rc::clone(&catalog)));
     catalog
 }
 
-/// Takes the locks that a change of the backlog excludes, and learns of a change that was waited
-/// for. Held until the transaction ends, as every writer of a table holds its lock. First the
-/// backlog, then the claims, which is the order of a change of the backlog and of whoever finishes
-/// an SD.
-pub fn lock_backlog(db: &Db<'_>) -> Result<()> {
-    lock(db, pg_sys::RowShareLock, true)?;
-    Ok(())
-}
-
-/// The catalogue, with the backlog as it is now, and stays as far as the lock of a reader can keep it.
-/// An error where it has code that must not run with the extension's rights, which the server does already
-/// when it plans a statement.
-pub fn usable_backlog(db: &Db<'_>) -> Result<Rc<Catalog>> {
-    let catalog = lock(db, pg_sys::AccessShareLock, false)?;
-    if let Some(backlog) = &catalog.backlog {
-        backlog.usable()?;
-    }
-    Ok(catalog)
-}
-
-fn lock(db: &Db<'_>, mode: u32, with_claims: bool) -> Result<Rc<Catalog>> {
-    loop {
-        let catalog = db.catalog()?;
-        // SAFETY: locks relations by their ids; waits like any statement and may raise an error,
-        // which unwinds as usual. An id that is gone is locked without harm.
-        unsafe {
-            if let Some(backlog) = &catalog.backlog {
-                pg_sys::LockRelationOid(backlog.table_oid, mode as i32);
-                // Planning a statement looks at each, and would wait for whoever is changing one.
-                for partition in &backlog.partitions {
-                    pg_sys::LockRelationOid(*partition, mode as i32);
-                }
-            }
-            if with_claims {
-                pg_sys::LockRelationOid(catalog.sd_claims, pg_sys::RowExclusiveLock as i32);
-            }
-        }
-        let now = db.catalog()?;
-        if Rc::ptr_eq(&now, &catalog) || has_same_backlog(&now, &catalog) {
-            return Ok(now);
-        }
-    }
-}
-
-fn has_same_backlog(one: &Catalog, other: &Catalog) -> bool {
-    match (&one.backlog, &other.backlog) {
-        (Some(one), Some(other)) => {
-            one.table_oid == other.table_oid && one.partitions == other.partitions
-        }
-        (None, None) => true,
-        _ => false,
-    }
-}
-
-/// The sequence of the table's identity column, whatever it is called: the schema may have had one of the usual
-/// name before. Invalid where there is none any more.
-fn identity_of(db: &Db<'_>, table: pg_sys::Oid) -> Result<pg_sys::Oid> {
-    let rows = db.ask(
-        "SELECT d.objid FROM pg_catalog.pg_depend d
+/// The sequences of the tables' identity columns, whatever they are called: the schema may have had one of the
+/// usual name before. Invalid where there is none any more.
+fn sources_of(db: &Db<'_>, tables: [pg_sys::Oid; 3]) -> Result<[Source; 3]> {
+    let mut rows = db.ask(
+        "SELECT d.refobjid, d.objid, s.seqcache
+           FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_sequence s ON s.seqrelid = d.objid
           WHERE d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass
             AND d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass
-            AND d.refobjid = $1 AND d.refobjsubid > 0 AND d.deptype = 'i'",
-        &[table.into()],
+            AND d.refobjid IN ($1, $2, $3) AND d.refobjsubid > 0 AND d.deptype = 'i'",
+        &tables.map(Into::into),
     )?;
-    let found = if rows.is_empty() { None } else { rows.first().get(1)? };
-    Ok(found.unwrap_or(pg_sys::Oid::INVALID))
+    let mut sources = tables.map(Source::none);
+    while rows.next().is_some() {
+        let table = required(rows.get(1)?, "pg_depend")?;
+        if let Some(source) = sources.iter_mut().find(|source| source.table == table) {
+            source.sequence = required(rows.get(2)?, "pg_depend")?;
+            source.is_cached = rows.required_bigint(3, "pg_sequence")? > 1;
+        }
+    }
+    Ok(sources)
 }
 
 fn read(db: &Db<'_>) -> Result<Catalog> {
@@ -322,9 +388,10 @@ fn read(db: &Db<'_>) -> Result<Catalog> {
                 && backlog.owner == extension_owner
                 && backlog.usable().is_ok()
         });
-    let mut watched = [view, bound].into_iter().chain(oids);
+    let mut watched = [view, bound].into_iter().chain(oids).chain(FURTHER.map(in_schema));
     Ok(Catalog {
         extension,
+        foreign_code: foreign::code(db)?,
         schema,
         sessions,
         sd_claims,
@@ -332,8 +399,14 @@ fn read(db: &Db<'_>) -> Result<Catalog> {
         backlog,
         is_own_backlog_in_use,
         tables,
-        claim_ids: identity_of(db, oids[Name::Claims as usize])?,
-        event_ids: identity_of(db, oids[Name::Events as usize])?,
+        numbers: sources_of(
+            db,
+            [
+                oids[Name::Claims as usize],
+                oids[Name::Events as usize],
+                in_schema(c"lifecycle_event_positions"),
+            ],
+        )?,
         watched: UNKNOWN.map(|unknown| watched.next().unwrap_or(unknown)),
     })
 }
