@@ -80,11 +80,23 @@ pub enum ClaimError {
         /// Who has the SD now, and since when.
         detail: String,
     },
-    /// A trigger of the user's has kept a session from being written.
-    #[error("session \"{session_id}\" could not be written")]
+    /// A trigger of the user's has kept a row from being written.
+    #[error("a row of \"{table}\" could not be written")]
     WriteRefused {
-        /// The session.
-        session_id: String,
+        /// The table.
+        table: String,
+    },
+    /// A trigger of the user's has changed the row that it was fired for.
+    #[error("a row of \"{table}\" was changed by a trigger that its own write has fired")]
+    ChangedByTrigger {
+        /// The table.
+        table: String,
+    },
+    /// The table's policies apply to the extension's owner, whose writes go by none.
+    #[error("row-level security of \"{table}\" applies to the owner of pg_claims")]
+    RowSecurity {
+        /// The table.
+        table: String,
     },
     /// A transaction that keeps one snapshot was to write a row that has changed since.
     #[error("could not serialize access due to concurrent update")]
@@ -270,6 +282,10 @@ impl ClaimError {
             Self::MirrorRefused { .. } | Self::WriteRefused { .. } | Self::Undone { .. } => {
                 PgSqlErrorCode::ERRCODE_TRIGGERED_ACTION_EXCEPTION
             }
+            Self::ChangedByTrigger { .. } => {
+                PgSqlErrorCode::ERRCODE_TRIGGERED_DATA_CHANGE_VIOLATION
+            }
+            Self::RowSecurity { .. } => PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
             Self::NeedsReadCommitted { .. } => PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
             Self::Standby => PgSqlErrorCode::ERRCODE_READ_ONLY_SQL_TRANSACTION,
             Self::Parallel => PgSqlErrorCode::ERRCODE_INVALID_TRANSACTION_STATE,
@@ -335,7 +351,10 @@ impl ClaimError {
                 Some("A trigger on the backlog has suppressed or changed the update.".into())
             }
             Self::WriteRefused { .. } => {
-                Some("A trigger on claude_sessions has suppressed the update.".into())
+                Some("A BEFORE trigger on the table has suppressed the write.".into())
+            }
+            Self::RowSecurity { .. } => {
+                Some("The table forces its policies on its owner, and the extension must see and write every row.".into())
             }
             Self::Standby => Some(
                 "Claims, heartbeats and all else that writes are for the primary; a standby only shows what has arrived.".into(),
@@ -399,7 +418,13 @@ impl ClaimError {
                 Some("Let the backlog's BEFORE triggers pass updates of these two columns.".into())
             }
             Self::WriteRefused { .. } => {
-                Some("Let the table's BEFORE triggers pass updates of the extension's.".into())
+                Some("Let the table's BEFORE triggers pass what the extension writes.".into())
+            }
+            Self::ChangedByTrigger { .. } => {
+                Some("Let an AFTER trigger do so, or the row that is given back.".into())
+            }
+            Self::RowSecurity { .. } => {
+                Some("ALTER TABLE … NO FORCE ROW LEVEL SECURITY.".into())
             }
             Self::Undone { .. } => {
                 Some("Let the triggers on the backlog leave claims alone that are just being made.".into())

@@ -126,7 +126,7 @@ impl Unacting {
     /// Begins; `None` where nobody is acting.
     pub fn new() -> Option<Self> {
         let before = BEFORE.get()?;
-        let search_path = LocalSettings::new(&[(c"search_path", c"pg_catalog, pg_temp")]);
+        let search_path = LocalSettings::new(&[(c"search_path", SEARCH_PATH)]);
         let rights = Rights::current();
         before.set();
         Some(Self { rights, _search_path: search_path })
@@ -171,6 +171,20 @@ impl Drop for AsOwner {
         self.0.set();
     }
 }
+
+/// Whether this process acts as the extension's owner, with the search_path that goes with it.
+pub fn is_acting() -> bool {
+    let current = Rights::current().role;
+    // SAFETY: the setting is a null-terminated text, or null before it is set.
+    let search_path = unsafe {
+        let setting = pg_sys::namespace_search_path;
+        if setting.is_null() { c"" } else { std::ffi::CStr::from_ptr(setting) }
+    };
+    CALL.get().is_some_and(|call| call.extension_owner == current) && search_path == SEARCH_PATH
+}
+
+/// A search_path in which nobody else can put anything.
+const SEARCH_PATH: &std::ffi::CStr = c"pg_catalog, pg_temp";
 
 /// The role whose rights this process has right now.
 pub fn current() -> Role {
@@ -235,8 +249,8 @@ impl ActingAs {
 
 impl ActingAs {
     /// Acts as the owner of `function`, which is one of the extension's, with a search_path in which nobody else can put
-    /// anything. Whoever has the rights until then is the caller; where the extension's own statements have set off a
-    /// trigger of its own, whoever called before.
+    /// anything. Whoever has the rights until then is the caller; where a statement or write of the extension's has set off
+    /// a trigger of its own, whoever called before.
     pub fn extension_owner(function: pg_sys::Oid) -> Result<Self> {
         let search_path = own_settings();
         // SAFETY: reads the function's entry in the catalogue, which is there while it runs.
@@ -268,7 +282,7 @@ impl ActingAs {
 /// What the extension's own statements are written for, and the answers of the server's functions that they compare. What
 /// is so already is not set: each setting takes its time.
 fn own_settings() -> LocalSettings {
-    let mut settings = vec![(c"search_path", c"pg_catalog, pg_temp")];
+    let mut settings = vec![(c"search_path", SEARCH_PATH)];
     // SAFETY: both read settings of this process's.
     unsafe {
         if pg_sys::quote_all_identifiers {

@@ -20,7 +20,7 @@ pub use client::{
     backend_pid, detail, hint, json, message, sqlstate, wait_until, wait_until_blocked,
 };
 pub use contradictions::contradictions;
-pub use database::{TestDb, is_watched, own_server, under_test, watch};
+pub use database::{TestDb, own_server, under_test, watch};
 pub use server::{Installation, Server, Stop};
 pub use user::ServerUser;
 
@@ -40,6 +40,3 @@ pub const ENV_FUZZ_SEED: &str = "PG_CLAIMS_FUZZ_SEED";
 pub const ENV_TORTURE_SECONDS: &str = "PG_CLAIMS_TORTURE_SECONDS";
 /// The environment variable that says what happens in it.
 pub const ENV_TORTURE_SEED: &str = "PG_CLAIMS_TORTURE_SEED";
-
-/// The environment variable that has every test's tables watched by a trigger of a user's.
-pub const ENV_WATCHED: &str = "PG_CLAIMS_TEST_WATCHED";

@@ -80,8 +80,8 @@ CREATE TABLE @extschema@.sd_claims (
 )
 WITH (fillfactor = 90);
 
--- One open acquisition per SD. A claim is inserted here ON CONFLICT DO NOTHING: who comes second
--- finds no row returned instead of an error.
+-- One open acquisition per SD. A claim looks here for another one before it adds its own, and waits for one
+-- that is just being added: who comes second is told so, instead of getting an error.
 CREATE UNIQUE INDEX sd_claims_open_key ON @extschema@.sd_claims (sd_id) WHERE released_at IS NULL;
 
 CREATE TABLE @extschema@.session_lifecycle_events (

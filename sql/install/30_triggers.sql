@@ -24,35 +24,29 @@ CREATE TRIGGER claude_sessions_replicated_trigger
     EXECUTE FUNCTION @extschema@.own_replicated_session();
 ALTER TABLE @extschema@.claude_sessions ENABLE ALWAYS TRIGGER claude_sessions_replicated_trigger;
 
--- After it: the claim history and the audit.
-CREATE TRIGGER record_claim_history_trigger
-    AFTER INSERT OR DELETE OR UPDATE OF sd_id, claim_id, status
-    ON @extschema@.claude_sessions
-    FOR EACH ROW EXECUTE FUNCTION @extschema@.record_claim_history();
-
--- And the backlog's is_working_on and active_session_id.
+-- After it: the heartbeat board, the claim history and the audit, and the backlog's is_working_on and active_session_id.
+-- Of a replicated row only the board, as the rest is replicated by itself.
 CREATE TRIGGER sync_is_working_on_trigger
-    AFTER INSERT OR DELETE OR UPDATE OF sd_id, claim_id, status
+    AFTER INSERT OR DELETE OR UPDATE OF session_id, sd_id, claim_id, status, owner_role, owner_oid, stale_after
     ON @extschema@.claude_sessions
     FOR EACH ROW EXECUTE FUNCTION @extschema@.sync_is_working_on_with_session();
+ALTER TABLE @extschema@.claude_sessions ENABLE ALWAYS TRIGGER sync_is_working_on_trigger;
 
 -- The claim history is derived: an acquisition begins and ends with its session's row only; one that
--- has ended may be corrected or removed by hand. pg_trigger_depth() leaves out what the triggers above
--- write.
+-- has ended may be corrected or removed by hand.
 CREATE TRIGGER sd_claims_protect_insert_trigger
     BEFORE INSERT ON @extschema@.sd_claims
-    FOR EACH ROW WHEN (pg_catalog.pg_trigger_depth() = 0)
+    FOR EACH ROW
     EXECUTE FUNCTION @extschema@.protect_open_claim();
 
 CREATE TRIGGER sd_claims_protect_update_trigger
     BEFORE UPDATE ON @extschema@.sd_claims
-    FOR EACH ROW WHEN (pg_catalog.pg_trigger_depth() = 0
-                       AND (OLD.released_at IS NULL OR NEW.released_at IS NULL))
+    FOR EACH ROW WHEN (OLD.released_at IS NULL OR NEW.released_at IS NULL)
     EXECUTE FUNCTION @extschema@.protect_open_claim();
 
 CREATE TRIGGER sd_claims_protect_delete_trigger
     BEFORE DELETE ON @extschema@.sd_claims
-    FOR EACH ROW WHEN (pg_catalog.pg_trigger_depth() = 0 AND OLD.released_at IS NULL)
+    FOR EACH ROW WHEN (OLD.released_at IS NULL)
     EXECUTE FUNCTION @extschema@.protect_open_claim();
 
 -- The heartbeat board is kept in step with every write, also a replicated one. Whoever sets a heartbeat
@@ -64,9 +58,6 @@ CREATE TRIGGER claude_sessions_set_back_trigger
     AFTER UPDATE OF heartbeat_at ON @extschema@.claude_sessions
     FOR EACH ROW WHEN (NEW.heartbeat_at <> OLD.heartbeat_at OR NEW.heartbeat_at = 'infinity')
     EXECUTE FUNCTION @extschema@.forget_heartbeat();
-CREATE TRIGGER claude_sessions_changed_trigger
-    AFTER UPDATE OF session_id, sd_id, claim_id, status, owner_role, owner_oid, stale_after ON @extschema@.claude_sessions
-    FOR EACH ROW EXECUTE FUNCTION @extschema@.close_on_board();
 CREATE TRIGGER claude_sessions_deleted_trigger
     AFTER DELETE ON @extschema@.claude_sessions
     FOR EACH ROW EXECUTE FUNCTION @extschema@.forget_heartbeat();
@@ -74,7 +65,6 @@ CREATE TRIGGER claude_sessions_truncated_trigger
     AFTER TRUNCATE ON @extschema@.claude_sessions
     FOR EACH STATEMENT EXECUTE FUNCTION @extschema@.forget_heartbeat();
 ALTER TABLE @extschema@.claude_sessions ENABLE ALWAYS TRIGGER claude_sessions_set_back_trigger;
-ALTER TABLE @extschema@.claude_sessions ENABLE ALWAYS TRIGGER claude_sessions_changed_trigger;
 ALTER TABLE @extschema@.claude_sessions ENABLE ALWAYS TRIGGER claude_sessions_deleted_trigger;
 ALTER TABLE @extschema@.claude_sessions ENABLE ALWAYS TRIGGER claude_sessions_truncated_trigger;
 

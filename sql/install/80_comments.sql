@@ -139,7 +139,6 @@ COMMENT ON FUNCTION coordination_repair(boolean) IS
 COMMENT ON FUNCTION heartbeat_board() IS
     'The heartbeat board in shared memory, if there is one: for how many sessions of the server it was made (pg_claims.max_sessions), how many it holds, and how many times it had no room for one, which then beat in the table.';
 COMMENT ON FUNCTION forget_heartbeat() IS 'Trigger: the heartbeat board forgets a heartbeat that was set back, and sessions that are gone; an infinite heartbeat is refused.';
-COMMENT ON FUNCTION close_on_board() IS 'Trigger: the table answers the next heartbeat of a session that was changed.';
 COMMENT ON FUNCTION lease_expires_at(timestamptz, timestamptz, interval, timestamptz) IS
     'When a session with this heartbeat, announced silence, lease of its own and time of claim counts as stale: the one rule of liveness.';
 COMMENT ON FUNCTION claim_reclaimable_at(timestamptz, timestamptz, interval, timestamptz) IS
@@ -185,8 +184,8 @@ COMMENT ON FUNCTION check_guarded_write() IS 'Trigger on a guarded table: refuse
 COMMENT ON FUNCTION refuse_guarded_truncate() IS 'Trigger on a guarded table: refuses TRUNCATE.';
 COMMENT ON FUNCTION complete_session_write() IS 'Trigger: makes a direct write of a session whole, or refuses it.';
 COMMENT ON FUNCTION own_replicated_session() IS 'Trigger: a replicated session belongs to the role of its owner_role''s name.';
-COMMENT ON FUNCTION record_claim_history() IS 'Trigger: keeps sd_claims and session_lifecycle_events.';
-COMMENT ON FUNCTION sync_is_working_on_with_session() IS 'Trigger: keeps the backlog''s is_working_on and active_session_id.';
+COMMENT ON FUNCTION sync_is_working_on_with_session() IS
+    'Trigger: keeps the heartbeat board, the claim history, the audit, and the backlog''s is_working_on and active_session_id in step with a session; of a replicated row only the board.';
 COMMENT ON FUNCTION checked_limit(integer) IS 'Stands behind lifecycle_events_since(): p_limit, unless it is less than 1 (22023).';
 COMMENT ON FUNCTION note_drop() IS
     'Event trigger: whatever drops the backlog with all that depends on it does not drop the extension (2BP01); DROP EXTENSION pg_claims does.';

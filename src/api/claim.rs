@@ -15,8 +15,8 @@ use crate::jsonb::Jsonb;
 use crate::spi::claim::{self, Request};
 use crate::spi::{Db, directive, guard, session};
 
-// Not SECURITY DEFINER, nor is release_sd: where tables are written directly no rights are needed, and
-// setting them up for each call is a good part of what a claim costs.
+// Not SECURITY DEFINER, nor is release_sd: a refusal only reads by index, which needs no rights, and
+// setting them up is a good part of what a call costs.
 #[pg_extern(volatile, parallel_unsafe)]
 fn claim_sd(
     p_sd_id: Option<&str>,

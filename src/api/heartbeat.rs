@@ -17,8 +17,7 @@ use crate::identity;
 use crate::jsonb::Jsonb;
 use crate::spi::claim::contradiction;
 use crate::spi::heartbeat::{self, Found};
-use crate::spi::{Db, catalog, claim, installation, session, time};
-use crate::worker::wake;
+use crate::spi::{Db, catalog, claim, session, time};
 
 /// The most sessions that one call beats for.
 const MOST_SESSIONS: usize = 10_000;
@@ -40,12 +39,6 @@ fn update_session_heartbeat(
     {
         return Ok(answer(Ok(beat))?);
     }
-    wake::keep();
-    if installation::is_known_in_use()
-        && let Some(beat) = heartbeat::beat_at_once(session_id, caller, p_claim_id)?
-    {
-        return Ok(answer(Ok(beat))?);
-    }
     Ok(Db::connect_for(function, |db| answer(beat(db, session_id, p_claim_id)?))?)
 }
 
@@ -57,7 +50,7 @@ pub fn beat(db: &Db<'_>, session_id: &str, named: Option<i64>) -> Result<Result<
         return Ok(Ok(beat));
     }
     contradiction::end_finished_of_one(db, session_id)?;
-    // One statement where all is well; only its failure asks why.
+    // One write where all is well; only its failure asks why.
     let mut beaten = heartbeat::beat(db, session_id, caller, named)?;
     if beaten.is_none() {
         let Some(found) = session::find(db, session_id)? else {

@@ -1,7 +1,7 @@
 //! The functions that SQL sees: thin, one file per noun.
 //!
 //! All are entered with the caller's rights and take those of the extension's owner inside (see
-//! [`identity`]), a few only from their first statement on; none is STRICT, so that a NULL is answered with an error that names the argument.
+//! [`identity`]), a few only from their first statement or write on; none is STRICT, so that a NULL is answered with an error that names the argument.
 
 pub mod board;
 mod check;

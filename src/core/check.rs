@@ -34,7 +34,7 @@ pub struct Facts {
     pub board: Option<Fullness>,
     /// Tables of the extension's that lack an index or a column without which nothing works.
     pub broken_tables: Vec<&'static str>,
-    /// Tables of the extension's that are read or written by statements, as somebody has changed them.
+    /// Tables of the extension's that are read by statements, as they lack an index or belong to another role.
     pub changed_tables: Vec<&'static str>,
     /// What somebody has added to the tables of which pg_dump writes the rows alone, such as
     /// `column "cost" of sd_claims`.
@@ -177,8 +177,11 @@ fn heartbeat_board(facts: &Facts) -> Trouble {
 fn direct_access(facts: &Facts) -> Trouble {
     (!facts.changed_tables.is_empty()).then(|| {
         (
-            format!("changed, so that claims take several times as long: {}", facts.changed_tables.join(", ")),
-            "These tables have a trigger, constraint, column, rule, index or row-level security that the extension did not make, lack one that it made, or belong to another role.",
+            format!(
+                "read by statements, so that claims take longer: {}",
+                facts.changed_tables.join(", ")
+            ),
+            "These tables lack an index that the extension made, or belong to another role.",
         )
     })
 }

@@ -157,7 +157,7 @@ pub fn facts(db: &Db<'_>) -> Result<Facts> {
     Ok(facts)
 }
 
-/// The tables that cannot be used, and those that are not read and written directly, or not always.
+/// The tables that cannot be used, and those that are not read by index, or not always.
 fn tables(db: &Db<'_>) -> Result<(Vec<&'static str>, Vec<&'static str>)> {
     let catalog = db.catalog()?;
     let is_own_used = catalog.uses_own_backlog();
@@ -165,11 +165,11 @@ fn tables(db: &Db<'_>) -> Result<(Vec<&'static str>, Vec<&'static str>)> {
     for name in Name::ALL {
         let is_backlog = name == Name::Directives;
         if is_backlog && !catalog.is_own_backlog_in_use {
-            // A statement can do without all that.
+            // Statements can do without all that.
             changed.extend(is_own_used.then_some(name.layout().name));
         } else if catalog.table(name).is_none() {
             broken.push(name.layout().name);
-        } else if !Table::to_read(db, name)?.is_as_made() {
+        } else if !Table::to_read(db, name)?.has_all_indexes() {
             changed.push(name.layout().name);
         }
     }

@@ -3,10 +3,9 @@
 use std::ffi::CString;
 
 use chrono::TimeDelta;
-use pgrx::pg_sys::BuiltinOid::{FLOAT8OID, INT8OID, JSONBOID, TEXTOID};
 
 use super::numbers::{self, Kind};
-use super::statement::{Db, Statement};
+use super::statement::Db;
 use super::table::layout::events as column;
 use super::table::{Name, NewRow, Table};
 use super::time;
@@ -63,46 +62,12 @@ pub struct Event<'a> {
     pub detail: serde_json::Value,
 }
 
-static RECORD: Statement = Statement::new(
-    |c| {
-        format!(
-            "INSERT INTO {}.session_lifecycle_events
-                    (event_type, session_id, sd_id, claim_id, actor, reason, held_seconds, detail, event_id)
-             VALUES ($1, $2, $3, $4, $5::name, $6, pg_catalog.round($7::numeric, 3), $8, $9)",
-            c.schema
-        )
-    },
-    &[TEXTOID, TEXTOID, TEXTOID, INT8OID, TEXTOID, TEXTOID, FLOAT8OID, JSONBOID, INT8OID],
-);
-
 /// Records an event as done by the calling role, at this moment.
 pub fn record(db: &Db<'_>, event: Event<'_>) -> Result<()> {
     wake::at_commit();
-    let table = Table::to_write(db, Name::Events)?;
-    if table.may_be_written() {
-        return record_directly(db, &table, event);
-    }
-    db.run(
-        &RECORD,
-        &[
-            event.event_type.name().into(),
-            event.session_id.into(),
-            event.sd_id.into(),
-            event.claim_id.into(),
-            identity::caller().name().into(),
-            event.reason.into(),
-            event.held.map(pg_claims_core::age::seconds).into(),
-            Jsonb::of(&event.detail)?.into(),
-            numbers::next(db, Kind::Event)?.into(),
-        ],
-    )?;
-    Ok(())
-}
-
-fn record_directly(db: &Db<'_>, table: &Table, event: Event<'_>) -> Result<()> {
     let actor = CString::new(identity::caller().name())
         .map_err(|_| ClaimError::Corrupt { what: "pg_authid" })?;
-    table.insert(
+    Table::to_write(db, Name::Events)?.insert(
         &NewRow::default()
             .set(column::EVENT_ID, numbers::next(db, Kind::Event)?)
             .set(column::EVENT_TYPE, event.event_type.name())
@@ -114,6 +79,5 @@ fn record_directly(db: &Db<'_>, table: &Table, event: Event<'_>) -> Result<()> {
             .set(column::REASON, event.reason)
             .set_seconds(column::HELD_SECONDS, event.held)
             .set(column::DETAIL, Jsonb::of(&event.detail)?),
-    );
-    Ok(())
+    )
 }

@@ -11,7 +11,6 @@ use pgrx::pg_sys;
 use pgrx::pg_sys::BuiltinOid::{INT8OID, INTERVALOID, OIDOID, TEXTARRAYOID, TEXTOID};
 use pgrx::spi::SpiTupleTable;
 
-use super::catalog;
 use super::row::Row;
 use super::session::Session;
 use super::statement::{Db, Statement};
@@ -36,20 +35,6 @@ pub fn latest_of(db: &Db<'_>, session: &Session) -> Result<DateTime<Utc>> {
     Ok(on_board.map_or(written, |at| written.max(time::from_microseconds(at))))
 }
 
-static BEAT: Statement = Statement::new(
-    |c| {
-        format!(
-            "UPDATE {}.claude_sessions
-                SET heartbeat_at = GREATEST(heartbeat_at, pg_catalog.clock_timestamp())
-              WHERE session_id = $1 AND status <> 'released'
-                AND COALESCE(owner_oid, 0::oid) = $2 AND ($3 IS NULL OR claim_id = $3)
-          RETURNING heartbeat_at, sd_id, claim_id, lost_claim_id, stale_after",
-            c.schema
-        )
-    },
-    &[TEXTOID, OIDOID, INT8OID],
-);
-
 /// Records a sign of life: never backwards, on the database's clock. With a claim id only while
 /// exactly that acquisition is held. `None` when there is no such session of `owner_role`, it has
 /// ended, or it does not hold the claim. The second value is the claim that the session lost.
@@ -57,43 +42,12 @@ pub fn beat(
     db: &Db<'_>,
     session_id: &str,
     owner_role: Role,
-    claim_id: Option<i64>,
-) -> Result<Option<(Beat, Option<i64>)>> {
-    if let Some(table) = Table::to_write_directly(Name::Sessions) {
-        return beat_directly(&table, session_id, owner_role, claim_id, true);
-    }
-    let undisturbed = Undisturbed::new();
-    let arguments = [session_id.into(), owner_role.0.into(), claim_id.into()];
-    let Some(row) = db.first_row(&BEAT, &arguments)? else {
-        return Ok(None);
-    };
-    let (beat, lost) = read_beat(&row, session_id.to_owned())?;
-    if undisturbed.still() && lost.is_none() {
-        open_on_board(db.catalog()?.sessions, &beat, owner_role, row.time(5)?);
-    }
-    Ok(Some((beat, lost)))
-}
-
-/// The same where it takes neither a statement nor anybody's rights: the table is known and may be
-/// written directly. `None` also where the session lost a claim of which it must be told.
-pub fn beat_at_once(session_id: &str, caller: Role, claim_id: Option<i64>) -> Result<Option<Beat>> {
-    let Some(table) = Table::to_write_directly(Name::Sessions) else {
-        return Ok(None);
-    };
-    Ok(beat_directly(&table, session_id, caller, claim_id, false)?.map(|(beat, _)| beat))
-}
-
-/// `is_told` says whether the session can be told of a claim that it lost; otherwise such a one is left alone.
-fn beat_directly(
-    table: &Table,
-    session_id: &str,
-    owner_role: Role,
     named: Option<i64>,
-    is_told: bool,
 ) -> Result<Option<(Beat, Option<i64>)>> {
     let undisturbed = Undisturbed::new();
     loop {
         pgrx::check_for_interrupts!();
+        let table = Table::to_write(db, Name::Sessions)?;
         let snapshot = Snapshot::take();
         let Some(row) = table.find(&snapshot, column::BY_SESSION_ID, Key::Text(session_id)) else {
             return Ok(None);
@@ -103,21 +57,13 @@ fn beat_directly(
         if row.required_text(column::STATUS, "claude_sessions.status")? == "released"
             || row.role(column::OWNER_OID)? != owner_role
             || named.is_some_and(|named| Some(named) != claim_id)
-            || (lost.is_some() && !is_told)
-        {
-            return Ok(None);
-        }
-        // Somebody may have finished the SD past the triggers. Whoever has a statement has looked already.
-        if !is_told
-            && let Some(sd_id) = row.text(column::SD_ID)?
-            && catalog::is_unfinished_as_known(&sd_id)? != Some(true)
         {
             return Ok(None);
         }
         let before = row.required_instant(column::HEARTBEAT_AT, "claude_sessions.heartbeat_at")?;
         let heartbeat_at = before.max(time::now());
         let new = NewRow::default().set(column::HEARTBEAT_AT, time::to_server(heartbeat_at)?);
-        if !table.update(&snapshot, &row, &new) {
+        if table.update(&snapshot, &row, &new)?.is_none() {
             continue;
         }
         let beat = Beat {

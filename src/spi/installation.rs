@@ -62,8 +62,6 @@ thread_local! {
     static KNOWN: Cell<Known> = const { Cell::new(Known::Nothing) };
     /// Where that is written, once it was found.
     static PLACE: Cell<Option<Place>> = const { Cell::new(None) };
-    /// How many triggers are running, one within the other.
-    static TRIGGERS: Cell<u32> = const { Cell::new(0) };
 }
 
 /// Asks the server to tell of changes of the table, and of how transactions end.
@@ -108,29 +106,6 @@ fn forget_uncommitted() {
     if matches!(KNOWN.get(), Known::Since { is_committed: false, .. }) {
         KNOWN.set(Known::Nothing);
     }
-}
-
-/// A trigger runs until this is dropped, on an error as well: what it does is part of somebody's write, such
-/// as that of a dump that is being restored, and by itself no use of the extension.
-pub struct InTrigger;
-
-impl InTrigger {
-    /// Begins.
-    pub fn new() -> Self {
-        TRIGGERS.set(TRIGGERS.get() + 1);
-        Self
-    }
-}
-
-impl Drop for InTrigger {
-    fn drop(&mut self) {
-        TRIGGERS.set(TRIGGERS.get() - 1);
-    }
-}
-
-/// Whether a trigger of the extension's is running.
-pub(super) fn is_in_trigger() -> bool {
-    TRIGGERS.get() > 0
 }
 
 /// Whether the extension is known to be in use, without looking.

@@ -17,6 +17,7 @@ pub mod health;
 pub mod heartbeat;
 pub mod hold;
 pub mod installation;
+pub mod intent;
 pub mod manager;
 pub mod numbers;
 pub mod order;
@@ -31,7 +32,7 @@ pub mod table;
 pub mod time;
 pub mod wait;
 
-pub use statement::{Db, is_running};
+pub use statement::Db;
 
 /// Prepares the process: watches for changes that make kept plans wrong.
 pub fn init() {

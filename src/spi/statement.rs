@@ -12,9 +12,11 @@ use pgrx::spi::{OwnedPreparedStatement, SpiClient, SpiTupleTable};
 
 use super::catalog::{self, Catalog};
 use super::installation;
+use super::intent::{Intent, Meaning};
 use crate::error::{ClaimError, Result};
 use crate::error_context::KeepsContext;
 use crate::identity::{ActingAs, Role};
+use crate::local_settings::LocalSettings;
 use crate::service;
 use crate::worker::wake;
 
@@ -63,93 +65,25 @@ pub(super) fn doubt_plans() {
     PLANS.with_borrow(|plans| plans.values().for_each(|kept| kept.is_current.set(false)));
 }
 
-/// Has the planner use indexes, and on 18 prune no partitions, until it is dropped, on an error as well. By the variables that it reads and not
-/// by their settings, which take longer to change than many a statement takes.
-struct ByIndex {
-    seqscan: bool,
-    jit: bool,
-    pruning: bool,
-}
+/// A setting of the server's, and its value for a while.
+type Setting = (&'static CStr, &'static CStr);
 
-impl ByIndex {
-    /// Begins; also without compiling, if `uncompiled`.
-    fn new(uncompiled: bool) -> Self {
-        // SAFETY: variables of this process's, which the planner only reads.
-        unsafe {
-            let before = Self {
-                seqscan: pg_sys::enable_seqscan,
-                jit: pg_sys::jit_enabled,
-                pruning: pg_sys::enable_partition_pruning,
-            };
-            pg_sys::enable_seqscan = false;
-            pg_sys::jit_enabled &= !uncompiled;
-            // PostgreSQL 18 crashes otherwise (18.4 still does). When it locks a row that has changed meanwhile it looks at
-            // the row again. With that it frees the memory by which it prunes partitions, and goes on using it.
-            pg_sys::enable_partition_pruning &= !cfg!(feature = "pg18");
-            before
-        }
-    }
-}
+/// The planner uses indexes where it can.
+const BY_INDEX: Setting = (c"enable_seqscan", c"off");
+/// A plan is not compiled: that takes longer than a look by an index.
+const UNCOMPILED: Setting = (c"jit", c"off");
+/// PostgreSQL 18 crashes otherwise (18.4 still does). When it locks a row that has changed meanwhile it looks at the row
+/// again. With that it frees the memory by which it prunes partitions, and goes on using it.
+const UNPRUNED: Setting = (c"enable_partition_pruning", c"off");
+/// The server plans once for all arguments.
+const PLANNED_ONCE: Setting = (c"plan_cache_mode", c"force_generic_plan");
 
-impl Drop for ByIndex {
-    fn drop(&mut self) {
-        // SAFETY: as above.
-        unsafe {
-            pg_sys::enable_seqscan = self.seqscan;
-            pg_sys::jit_enabled = self.jit;
-            pg_sys::enable_partition_pruning = self.pruning;
-        }
-    }
-}
-
-/// Has the server plan once for all arguments until it is dropped, on an error as well. By the variable, as
-/// above.
-struct PlannedOnce(i32);
-
-impl PlannedOnce {
-    fn new() -> Self {
-        let once = pg_sys::PlanCacheMode::PLAN_CACHE_MODE_FORCE_GENERIC_PLAN;
-        // SAFETY: a variable of this process's, which the plan cache only reads.
-        unsafe {
-            let before = Self(pg_sys::plan_cache_mode);
-            pg_sys::plan_cache_mode = once as i32;
-            before
-        }
-    }
-}
-
-impl Drop for PlannedOnce {
-    fn drop(&mut self) {
-        // SAFETY: as above.
-        unsafe { pg_sys::plan_cache_mode = self.0 };
-    }
-}
-
-thread_local! {
-    /// How many of the extension's kept statements are running, one within the other.
-    static RUNNING: Cell<u32> = const { Cell::new(0) };
-}
-
-/// Whether what runs was set off by a statement of the extension's.
-pub fn is_running() -> bool {
-    RUNNING.get() > 0
-}
-
-/// A statement is running until this is dropped, on an error as well.
-struct Running;
-
-impl Running {
-    fn new() -> Self {
-        RUNNING.set(RUNNING.get() + 1);
-        Self
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        RUNNING.set(RUNNING.get() - 1);
-    }
-}
+/// What a statement is run with that looks up rows one by one.
+const LOOKED_UP: &[Setting] = if cfg!(feature = "pg18") {
+    &[BY_INDEX, UNCOMPILED, UNPRUNED]
+} else {
+    &[BY_INDEX, UNCOMPILED]
+};
 
 /// A connection to the server's programming interface.
 pub struct Db<'conn> {
@@ -161,7 +95,7 @@ pub struct Db<'conn> {
 enum Rights {
     /// From whoever connects: a trigger that has taken them, or the worker.
     Given,
-    /// From the owner of this function, from the first statement on.
+    /// From the owner of this function, from the first statement or write on.
     OfOwner { function: pg_sys::Oid, acting: OnceCell<ActingAs> },
 }
 
@@ -171,10 +105,7 @@ impl Db<'_> {
     pub fn connect<R>(function: pg_sys::Oid, work: impl FnOnce(&Db<'_>) -> Result<R>) -> Result<R> {
         check_may_write()?;
         let _acting = ActingAs::extension_owner(function)?;
-        Self::connect_with(Rights::Given, |db| {
-            db.refuse_foreign_code()?;
-            work(db)
-        })
+        Self::call(Rights::Given, work)
     }
 
     /// The same for a function that grants and revokes: it writes none of the extension's tables, and so is there to set
@@ -196,43 +127,41 @@ impl Db<'_> {
         Spi::connect(|client| work(&Db { client, rights: Rights::Given }))
     }
 
-    /// As [`Db::connect`], for a function that mostly needs no statement, and so no rights but the caller's: taking
-    /// others, with a search_path, is a good part of what such a call costs, so the first statement does. In such a
-    /// function nothing but statements may depend on the current role, the search_path or another setting,
-    /// and nobody acts as anybody but by [`Db::act_as`].
+    /// As [`Db::connect`], for a function that may get by with reading rows by index, and so with no rights but the
+    /// caller's: taking others, with a search_path, is a good part of what such a call costs, so the first statement or
+    /// write does. In such a function nothing but statements and writes may depend on the current role, the search_path
+    /// or another setting, and nobody acts as anybody but by [`Db::act_as`].
     pub fn connect_for<R>(
         function: pg_sys::Oid,
         work: impl FnOnce(&Db<'_>) -> Result<R>,
     ) -> Result<R> {
         check_may_write()?;
-        Self::connect_with(Rights::OfOwner { function, acting: OnceCell::new() }, |db| {
-            db.refuse_foreign_code()?;
-            work(db)
-        })
+        Self::call(Rights::OfOwner { function, acting: OnceCell::new() }, work)
     }
 
     /// Connects with the rights that whoever does so has already: a trigger, the worker.
+    ///
+    /// What a trigger does is part of somebody's write, such as that of a dump that is being restored, and by itself no use
+    /// of the extension.
     pub fn within<R>(work: impl FnOnce(&Db<'_>) -> Result<R>) -> Result<R> {
         check_may_write()?;
-        Self::connect_with(Rights::Given, work)
+        let _context = KeepsContext::new();
+        Spi::connect(|client| work(&Db { client, rights: Rights::Given }))
     }
 
-    fn connect_with<R>(rights: Rights, work: impl FnOnce(&Db<'_>) -> Result<R>) -> Result<R> {
-        let is_call = !installation::is_in_trigger();
-        if is_call {
-            wake::keep();
-        }
+    /// A call of one of the functions.
+    fn call<R>(rights: Rights, work: impl FnOnce(&Db<'_>) -> Result<R>) -> Result<R> {
+        wake::keep();
         let _context = KeepsContext::new();
         Spi::connect(|client| {
             let db = Db { client, rights };
-            if is_call {
-                installation::note_use(&db)?;
-            }
+            installation::note_use(&db)?;
+            db.refuse_foreign_code()?;
             work(&db)
         })
     }
 
-    /// Sees to it that what follows has the rights of the extension's owner, as each statement does.
+    /// Sees to it that what follows has the rights of the extension's owner, as each statement and each write does.
     pub(super) fn take_rights(&self) -> Result<()> {
         if let Rights::OfOwner { function, acting } = &self.rights
             && acting.get().is_none()
@@ -275,11 +204,11 @@ impl Db<'_> {
         let catalog = self.catalog()?;
         let kept = self.plan_of(statement, &catalog)?;
         let is_deciding = kept.runs.get() < DECIDING_RUNS;
-        let _by_index = is_deciding.then(|| ByIndex::new(false));
+        let _by_index = is_deciding.then(|| LocalSettings::keeping_others(&[BY_INDEX]));
         if is_deciding {
             kept.runs.set(kept.runs.get() + 1);
         }
-        let _running = Running::new();
+        let _meaning = Meaning::to(Intent::Own);
         // `select` on a mutating plan takes a fresh snapshot and assigns no transaction id.
         Ok(self.client.select(&kept.plan, None, arguments)?)
     }
@@ -318,7 +247,9 @@ impl Db<'_> {
         statement: &'static Statement,
         arguments: &[DatumWithOid<'_>],
     ) -> Result<SpiTupleTable<'_>> {
-        let _by_index = ByIndex::new(true);
+        // Before the settings, or these would be put back with the rights.
+        self.take_rights()?;
+        let _looked_up = LocalSettings::keeping_others(LOOKED_UP);
         self.run(statement, arguments)
     }
 
@@ -350,8 +281,7 @@ impl Db<'_> {
                 kept
             }
         };
-        let _planned_once = PlannedOnce::new();
-        let _by_index = ByIndex::new(true);
+        let _planned_once = LocalSettings::keeping_others(&[BY_INDEX, UNCOMPILED, PLANNED_ONCE]);
         Ok(self.client.select(&*kept, None, arguments)?)
     }
 

@@ -37,13 +37,6 @@ pub fn has_transaction_snapshot() -> bool {
     unsafe { pg_sys::XactIsoLevel >= pg_sys::XACT_REPEATABLE_READ as i32 }
 }
 
-/// Whether what is written is told to subscribers as well, also what this transaction takes back at once. They
-/// would have to write it.
-pub fn is_decoded() -> bool {
-    // SAFETY: reads a setting that only changes with the server's start.
-    unsafe { pg_sys::wal_level >= pg_sys::WalLevel::WAL_LEVEL_LOGICAL as i32 }
-}
-
 /// Whether the transaction may not write.
 pub fn is_read_only() -> bool {
     // SAFETY: reads a variable of this backend.

@@ -7,9 +7,10 @@ use pgrx::prelude::*;
 use super::{Row, SessionTuple, Side, run};
 use crate::board::{self, Place};
 use crate::error::{ClaimError, Result};
+use crate::spi::intent::{self, Intent};
 use crate::spi::row::Row as _;
 use crate::spi::table::layout::sessions as column;
-use crate::spi::{is_running, time};
+use crate::spi::time;
 
 /// Forgets the heartbeats of a session whose heartbeat was set back, or which was deleted; after a TRUNCATE, of
 /// all.
@@ -29,9 +30,9 @@ pub fn forget_heartbeat<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
             let old = SessionTuple::of(trigger, Side::Old);
             let old = old.map_or(Ok(None), |old| old.instant(column::HEARTBEAT_AT))?;
             let new = new.instant(column::HEARTBEAT_AT)?;
-            // What the extension's own statements write was the last heartbeat when they wrote it: one that has
-            // come since is none that they set back.
-            let counts = if is_running() { old } else { old.max(on_board(place)) };
+            // What the extension itself writes was the last heartbeat when it wrote it: one that has
+            // come since is none that it sets back.
+            let counts = if intent::is(&Intent::Own) { old } else { old.max(on_board(place)) };
             if new >= counts {
                 return Ok(None);
             }
@@ -43,24 +44,6 @@ pub fn forget_heartbeat<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
 
 fn on_board(place: Place<'_>) -> Option<DateTime<Utc>> {
     place.latest().map(time::from_microseconds)
-}
-
-/// The table answers the next heartbeat of a session that was changed. Its last one is kept, unless that was
-/// another session's: one that has been given another id.
-#[pg_trigger]
-pub fn close_on_board<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
-    run(|| {
-        let (old, new) = (id_in(trigger, Side::Old)?, id_in(trigger, Side::New)?);
-        if let Some(session_id) = &old {
-            let place = Place::of(trigger.relid()?, session_id);
-            if old == new {
-                place.close();
-            } else {
-                place.forget();
-            }
-        }
-        Ok(None)
-    })
 }
 
 fn id_in(trigger: &PgTrigger<'_>, side: Side) -> Result<Option<String>> {

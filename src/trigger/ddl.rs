@@ -10,7 +10,6 @@ use pgrx::prelude::*;
 use crate::error::{ClaimError, Result};
 use crate::identity::{self, ActingAs, running};
 use crate::spi::extension::{self, Extension};
-use crate::spi::installation::InTrigger;
 use crate::spi::{Db, foreign};
 
 thread_local! {
@@ -156,7 +155,6 @@ LANGUAGE c
 AS '@MODULE_PATHNAME@', '@FUNCTION_NAME@';
 "#)]
 pub fn keep_out_foreign_code(fcinfo: pg_sys::FunctionCallInfo) -> Result<(), ErrorReport> {
-    let _in_trigger = InTrigger::new();
     let caller = identity::caller();
     let _acting = ActingAs::extension_owner(running(fcinfo))?;
     Ok(Db::within(|db| foreign::check_command(db, caller))?)

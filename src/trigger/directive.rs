@@ -8,9 +8,9 @@ use super::row::{self, Value};
 use super::{Row, Side, is_restoring, run_as_owner, run_on_own_table, text_of};
 use crate::error::{ClaimError, Result};
 use crate::identity;
-use crate::spi::catalog::Catalog;
+use crate::spi::catalog::{self, Catalog};
 use crate::spi::directive::{self, Backlog};
-use crate::spi::{Db, claim, session, time};
+use crate::spi::{Db, claim, intent, session, time};
 
 /// An SD that is finished or deleted is released in the same transaction.
 #[pg_trigger]
@@ -76,6 +76,9 @@ pub fn release_truncated_directives<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
 /// client that saves whole rows, becomes what the claims say.
 #[pg_trigger]
 pub fn keep_directive_mirror<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
+    if says_as_meant(trigger) {
+        return Ok(row::unchanged(trigger));
+    }
     run_as_owner(trigger, || {
         if trigger.new().is_none() {
             return Ok(None);
@@ -94,8 +97,8 @@ pub fn keep_directive_mirror<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
                 id::check(Some(&sd_id))
                     .map_err(|rule| ClaimError::InvalidId { argument: "sd_id", rule })?;
             }
-            let session_id = match directive::target() {
-                Some(target) if target.sd_id == sd_id => target.session_id,
+            let session_id = match intent::mirrored() {
+                Some((mirrored, session_id)) if mirrored == sd_id => session_id,
                 _ => session::holder(db, &sd_id)?.map(|session| session.session_id),
             };
             Ok(Some((catalog, session_id)))
@@ -113,6 +116,21 @@ pub fn keep_directive_mirror<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
         }
         row::changed(trigger, values)
     })
+}
+
+/// Whether it is the extension that writes the row of its own backlog, and no trigger has had its way with it.
+fn says_as_meant(trigger: &PgTrigger<'_>) -> bool {
+    let Some((sd_id, session_id)) = intent::mirrored() else { return false };
+    let is_own = catalog::known().is_some_and(|catalog| {
+        catalog.is_own_backlog_in_use && trigger.relid().ok() == catalog.own_backlog
+    });
+    let says = |column, what: Option<&str>| {
+        text_of(trigger, Side::New, column).is_ok_and(|said| said.as_deref() == what)
+    };
+    is_own
+        && says("sd_id", Some(&sd_id))
+        && says("is_working_on", Some(if session_id.is_some() { "t" } else { "f" }))
+        && says("active_session_id", session_id.as_deref())
 }
 
 /// Whether somebody holds an SD may change while its row waits for others to be written: for one of the same key that

@@ -4,7 +4,7 @@ use pgrx::prelude::*;
 
 use super::{Row, Side, may_restore, reads_dump, row, run, text_of};
 use crate::error::{ClaimError, Result};
-use crate::spi::{directive, guard};
+use crate::spi::{guard, intent};
 
 /// A row of an SD can be written only by a transaction that has asserted the claim on it. Looks at
 /// what this process remembers, and runs no statement.
@@ -44,7 +44,7 @@ fn is_restored_by_owner(trigger: &PgTrigger<'_>) -> bool {
 
 /// Where the guarded table is the backlog itself: the extension's own write of who works on the SD.
 fn is_mirror_write(sd_id: &str) -> bool {
-    directive::target().is_some_and(|target| target.sd_id == sd_id)
+    intent::mirrored().is_some_and(|(mirrored, _)| mirrored == sd_id)
 }
 
 /// No row trigger sees a TRUNCATE.

@@ -1,31 +1,12 @@
-//! After a session's row was written: the claim history and the audit.
+//! What is derived may not be written, nor emptied.
 
 use pgrx::PgSqlErrorCode;
 use pgrx::prelude::*;
 
-use super::{Row, is_restoring, row, run_on_own_table, session_rows};
+use super::{Row, is_restoring, row, run_on_own_table};
 use crate::error::ClaimError;
-use crate::spi::{Db, claim, installation, order, session, time};
-
-#[pg_trigger]
-pub fn record_claim_history<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
-    run_on_own_table(trigger, || {
-        let (old, new) = session_rows(trigger)?;
-        Db::within(|db| match (&old, &new) {
-            (None, Some(_)) if is_restoring() => Ok(()),
-            (old, new) => {
-                installation::note_use(db)?;
-                match (old, new) {
-                    (None, Some(new)) => claim::follow_insert(db, new),
-                    (Some(old), Some(new)) => claim::follow_update(db, old, new),
-                    (Some(old), None) => claim::follow_delete(db, old),
-                    (None, None) => Ok(()),
-                }
-            }
-        })?;
-        Ok(None)
-    })
-}
+use crate::spi::intent::{self, Intent};
+use crate::spi::{Db, installation, order, session, time};
 
 /// Before a statement that writes rows of a dump, of which the worker must not touch any until all are there.
 #[pg_trigger]
@@ -45,8 +26,11 @@ pub fn begin_restoring<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
 /// An open acquisition begins and ends with its session's row only.
 #[pg_trigger]
 pub fn protect_open_claim<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
+    if intent::is(&Intent::History) {
+        return Ok(row::unchanged(trigger));
+    }
     run_on_own_table(trigger, || {
-        if claim::is_opening() || (trigger.old().is_none() && is_restoring()) {
+        if trigger.old().is_none() && is_restoring() {
             return Ok(row::unchanged(trigger));
         }
         Err(ClaimError::DirectWrite {

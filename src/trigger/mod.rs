@@ -16,22 +16,21 @@ use std::ffi::{CStr, CString};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use pgrx::datum::{Interval, TimestampWithTimeZone};
-use pgrx::{FromDatum, IntoDatum, PgTrigger, pg_sys};
+use pgrx::{FromDatum, IntoDatum, PgTrigger, PgTupleDesc, pg_sys};
 
 use crate::error::{ClaimError, Result};
 use crate::identity::{self, ActingAs, Role};
-use crate::spi::installation::InTrigger;
+use crate::spi::intent::{self, Intent};
 use crate::spi::row::Row as Columns;
 use crate::spi::session::Session;
 use crate::spi::table::layout::sessions;
-use crate::spi::{is_running, time};
+use crate::spi::time;
 
 /// What a trigger function gives back; errors are raised inside.
 type Row<'a> = Result<Option<row::Given<'a>>, Infallible>;
 
 /// Runs a trigger's work, raising its error with SQLSTATE, DETAIL and HINT intact.
 fn run<'a>(work: impl FnOnce() -> Result<Option<row::Given<'a>>>) -> Row<'a> {
-    let _in_trigger = InTrigger::new();
     match work() {
         Ok(row) => Ok(row),
         Err(error) => error.raise(),
@@ -54,6 +53,10 @@ fn run_on_own_table<'a>(
     trigger: &PgTrigger<'_>,
     work: impl FnOnce() -> Result<Option<row::Given<'a>>>,
 ) -> Row<'a> {
+    // The extension's own write has all that already.
+    if intent::is(&Intent::Own) && identity::is_acting() {
+        return run(work);
+    }
     run_as_owner(trigger, || {
         let table = trigger.relid()?;
         // SAFETY: the server gives the trigger that it has called; looks names up in the catalogue.
@@ -78,31 +81,36 @@ fn run_as_owner<'a>(
     })
 }
 
-/// A row of claude_sessions in one of its triggers.
-struct SessionTuple {
-    tuple: pg_sys::HeapTuple,
-    columns: pg_sys::TupleDesc,
+/// A row of claude_sessions in one of its triggers, taken apart.
+struct SessionTuple<'a> {
+    columns: PgTupleDesc<'a>,
+    values: Vec<pg_sys::Datum>,
+    are_null: Vec<bool>,
 }
 
-impl SessionTuple {
-    fn of(trigger: &PgTrigger<'_>, side: Side) -> Option<Self> {
+impl<'a> SessionTuple<'a> {
+    fn of(trigger: &'a PgTrigger<'_>, side: Side) -> Option<Self> {
         let tuple = tuple_of(trigger, side)?;
-        // SAFETY: in a row trigger the server gives a valid relation.
-        Some(Self { tuple, columns: unsafe { (*trigger.trigger_data().tg_relation).rd_att } })
+        // SAFETY: in a row trigger the server gives a valid relation, and a tuple of its row type. The values are not read
+        // after the trigger has ended.
+        unsafe {
+            let descriptor = (*trigger.trigger_data().tg_relation).rd_att;
+            let columns = PgTupleDesc::from_pg_unchecked(descriptor);
+            let mut values = vec![pg_sys::Datum::null(); columns.len()];
+            let mut are_null = vec![true; columns.len()];
+            let (to, are) = (values.as_mut_ptr(), are_null.as_mut_ptr());
+            pg_sys::heap_deform_tuple(tuple, descriptor, to, are);
+            Some(Self { columns, values, are_null })
+        }
     }
 
     fn get<T: FromDatum>(&self, position: usize, of_type: pg_sys::Oid) -> Result<Option<T>> {
-        let position = position as i32;
-        // SAFETY: the server gives a tuple of the relation's row type; the value is of the type that is
-        // asked for, and copied.
-        unsafe {
-            if pg_sys::SPI_gettypeid(self.columns, position) != of_type {
-                return Err(ClaimError::Corrupt { what: "claude_sessions" });
-            }
-            let mut is_null = false;
-            let value = pg_sys::SPI_getbinval(self.tuple, self.columns, position, &mut is_null);
-            Ok(T::from_datum(value, is_null))
+        let at = position - 1;
+        if self.columns.get(at).is_none_or(|column| column.atttypid != of_type) {
+            return Err(ClaimError::Corrupt { what: "claude_sessions" });
         }
+        // SAFETY: the value is of the type that is asked for, and copied.
+        unsafe { Ok(T::from_datum(self.values[at], self.are_null[at])) }
     }
 
     fn column<T: FromDatum + IntoDatum>(&self, position: usize) -> Result<Option<T>> {
@@ -110,17 +118,13 @@ impl SessionTuple {
     }
 
     /// The name of the role that it belongs to.
-    fn owner_role(&self) -> Option<CString> {
-        // SAFETY: the server gives a tuple of the relation's row type; what it returns is a null-terminated
-        // copy, or null for NULL.
-        unsafe {
-            let value = pg_sys::SPI_getvalue(self.tuple, self.columns, sessions::OWNER_ROLE as i32);
-            (!value.is_null()).then(|| CStr::from_ptr(value).to_owned())
-        }
+    fn owner_role(&self) -> Result<Option<CString>> {
+        let name = self.get::<&CStr>(sessions::OWNER_ROLE, pg_sys::NAMEOID)?;
+        Ok(name.map(CStr::to_owned))
     }
 }
 
-impl Columns for SessionTuple {
+impl Columns for SessionTuple<'_> {
     fn text(&self, position: usize) -> Result<Option<String>> {
         self.column(position)
     }
@@ -156,7 +160,7 @@ fn session_rows(trigger: &PgTrigger<'_>) -> Result<(Option<Session>, Option<Sess
 /// may do everything to the extension's tables anyway. A function that is called after it on the same connection writes no dump.
 fn is_restoring() -> bool {
     // SAFETY: asks about this backend's roles.
-    reads_dump() && !is_running() && may_restore(unsafe { pg_sys::GetUserId() })
+    reads_dump() && !intent::is(&Intent::Own) && may_restore(unsafe { pg_sys::GetUserId() })
 }
 
 /// Whether the rows of a table of `owner`'s may come from a dump: who calls must have that role's rights, and so must

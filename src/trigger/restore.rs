@@ -7,7 +7,6 @@ use pgrx::prelude::*;
 use super::is_restoring;
 use crate::error::Result;
 use crate::identity::{ActingAs, running};
-use crate::spi::installation::InTrigger;
 use crate::spi::{Db, directive};
 
 /// A dump that was written or is restored with `--clean` drops the bound backlog before the extension, whose
@@ -20,7 +19,6 @@ LANGUAGE c
 AS '@MODULE_PATHNAME@', '@FUNCTION_NAME@';
 "#)]
 pub fn make_way_for_dump(fcinfo: pg_sys::FunctionCallInfo) -> Result<(), ErrorReport> {
-    let _in_trigger = InTrigger::new();
     let _acting = ActingAs::extension_owner(running(fcinfo))?;
     let dropped = if is_restoring() { dropped_tables(fcinfo) } else { Vec::new() };
     if !dropped.is_empty() {

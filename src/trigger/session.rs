@@ -13,6 +13,7 @@ use super::{Row, SessionTuple, Side, is_restoring, run, run_on_own_table};
 use crate::error::{ClaimError, Result};
 use crate::identity::Role;
 use crate::spi::claim::{self, Picture, contradiction};
+use crate::spi::intent::{self, Intent};
 use crate::spi::row::Row as _;
 use crate::spi::session::Session;
 use crate::spi::table::Wait;
@@ -24,6 +25,9 @@ const DIRECT_WRITE: &str = "direct_write";
 
 #[pg_trigger]
 pub fn complete_session_write<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
+    if intent::is(&Intent::Session) {
+        return Ok(row::unchanged(trigger));
+    }
     run_on_own_table(trigger, || {
         let old =
             SessionTuple::of(trigger, Side::Old).map(|row| Session::read(&row)).transpose()?;
@@ -37,7 +41,7 @@ pub fn complete_session_write<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
         if columns.text(column::SESSION_ID)?.is_none()
             || columns.text(column::STATUS)?.is_none()
             || columns.instant(column::HEARTBEAT_AT)?.is_none()
-            || columns.owner_role().is_none()
+            || columns.owner_role()?.is_none()
         {
             // The table's NOT NULL constraints say it best.
             return Ok(row::unchanged(trigger));
@@ -74,9 +78,9 @@ pub fn own_replicated_session<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
 /// Whose the session is to be, if that is not what the row says: the role of the name that was written. The
 /// number in a dump is that of some other server's role.
 fn owner_of(old: Option<&SessionTuple>, new: &SessionTuple) -> Result<Option<Role>> {
-    let (name, owner) = (new.owner_role(), new.role(column::OWNER_OID)?);
+    let (name, owner) = (new.owner_role()?, new.role(column::OWNER_OID)?);
     if let Some(old) = old
-        && old.owner_role() == name
+        && old.owner_role()? == name
         && old.role(column::OWNER_OID)? == owner
     {
         return Ok(None);
@@ -162,9 +166,6 @@ fn complete_update(old: &Session, new: &Session) -> Result<Option<Session>> {
             let_go(old, &mut whole);
         }
         (_, Some(sd_id)) => {
-            if new.claim_id.is_some_and(claim::is_granting) {
-                return Ok(None);
-            }
             if new.claim_id != old.claim_id {
                 return Err(claim_id_is_assigned(new));
             }
@@ -176,9 +177,6 @@ fn complete_update(old: &Session, new: &Session) -> Result<Option<Session>> {
             whole = claim_by_hand(new, sd_id, old.claim())?;
         }
         (Some(_), None) => {
-            if claim::is_ending() {
-                return Ok(None);
-            }
             lock_claim(old)?;
             let_go(old, &mut whole);
         }

@@ -4,8 +4,12 @@
 //! every process can find it: so it works without preloading. It holds nothing that must survive.
 //! When the launcher ends, the memory is marked closed, and everybody looks for the next one.
 
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::ffi::{CStr, CString};
+use std::mem::ManuallyDrop;
+use std::ops::Deref;
+use std::ptr::NonNull;
+use std::rc::Rc;
 use std::sync::atomic::{
     AtomicBool, AtomicI64, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering,
 };
@@ -367,42 +371,67 @@ fn is_launcher(process: &pg_sys::PgBackendStatus) -> bool {
     }
 }
 
-thread_local! {
-    static ATTACHED: Cell<Option<(*mut pg_sys::dsm_segment, &'static Control)>> =
-        const { Cell::new(None) };
+/// Memory that this process is attached to, mapped for as long as somebody has this.
+pub struct Attached {
+    segment: *mut pg_sys::dsm_segment,
+    control: NonNull<Control>,
 }
 
-/// The memory that this process is attached to, if its launcher still lives.
-pub fn attached() -> Option<&'static Control> {
-    ATTACHED.get().map(|(_, control)| control).filter(|control| !control.is_closed())
+impl Attached {
+    /// Attaches to the memory of that handle. `None` where that is gone, or is not this version's.
+    fn to(handle: u32) -> Option<Self> {
+        // SAFETY: dsm_attach gives null for a handle that is gone; a segment that is mapped already (the launcher's own) is
+        // not attached to, as only sessions and database workers come here. It stays mapped until this is dropped.
+        let attached = unsafe {
+            let segment = pg_sys::dsm_attach(handle);
+            if segment.is_null() {
+                return None;
+            }
+            pg_sys::dsm_pin_mapping(segment);
+            let control = NonNull::new(pg_sys::dsm_segment_address(segment).cast())?;
+            Self { segment, control }
+        };
+        // SAFETY: attached; its length comes before its content.
+        let is_ours = unsafe {
+            pg_sys::dsm_segment_map_length(attached.segment) >= size_of::<Control>()
+                && attached.control.as_ref().magic.load(ORDER) == MAGIC
+        };
+        is_ours.then_some(attached)
+    }
+}
+
+impl Deref for Attached {
+    type Target = Control;
+
+    fn deref(&self) -> &Control {
+        // SAFETY: mapped while this is there, of that size, and valid in any state.
+        unsafe { self.control.as_ref() }
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        // SAFETY: attached once, and nobody has a reference to its content any more.
+        unsafe { pg_sys::dsm_detach(self.segment) };
+    }
+}
+
+thread_local! {
+    /// The server itself detaches it when the process ends.
+    static ATTACHED: RefCell<ManuallyDrop<Option<Rc<Attached>>>> =
+        const { RefCell::new(ManuallyDrop::new(None)) };
+}
+
+/// The memory that this process is attached to, if its launcher still lives. Neither allocates nor fails.
+pub fn attached() -> Option<Rc<Attached>> {
+    let attached = ATTACHED.with_borrow(|attached| Option::clone(attached));
+    attached.filter(|control| !control.is_closed())
 }
 
 /// Attaches this process to the memory of that handle, in place of what it is attached to.
-pub fn attach(handle: u32) -> Option<&'static Control> {
-    if let Some((segment, _)) = ATTACHED.take() {
-        // SAFETY: attached by this function; no reference to its content is kept anywhere else.
-        unsafe { pg_sys::dsm_detach(segment) };
-    }
-    // SAFETY: dsm_attach gives null for a handle that is gone; a segment that is mapped already (the
-    // launcher's own) is not attached to, as only sessions and database workers come here. The
-    // mapping is kept for the life of the process. Its size and magic are checked before use.
-    unsafe {
-        let segment = pg_sys::dsm_attach(handle);
-        if segment.is_null() {
-            return None;
-        }
-        pg_sys::dsm_pin_mapping(segment);
-        let memory = pg_sys::dsm_segment_address(segment);
-        if pg_sys::dsm_segment_map_length(segment) < size_of::<Control>() {
-            pg_sys::dsm_detach(segment);
-            return None;
-        }
-        let control = &*memory.cast::<Control>();
-        if control.magic.load(ORDER) != MAGIC {
-            pg_sys::dsm_detach(segment);
-            return None;
-        }
-        ATTACHED.set(Some((segment, control)));
-        Some(control)
-    }
+pub fn attach(handle: u32) -> Option<Rc<Attached>> {
+    drop(ATTACHED.with_borrow_mut(|attached| attached.take()));
+    let attached = Attached::to(handle).map(Rc::new);
+    ATTACHED.with_borrow_mut(|kept| **kept = attached.clone());
+    attached
 }

@@ -73,7 +73,7 @@ pub extern "C-unwind" fn pg_claims_worker_main(argument: pg_sys::Datum) {
     slot.set_worker_latch(unsafe { pg_sys::MyLatch });
     set_settings();
     identity::watch_renames();
-    let stay = Stay { control, slot, began: Instant::now() };
+    let stay = Stay { control: &control, slot, began: Instant::now() };
     // Where the work could not be done, or the process is terminated, the slot goes on saying that a
     // worker runs, by which the launcher knows that it must start another.
     while work(&stay) {

@@ -40,7 +40,7 @@ pub fn run(layout: &Layout, choice: &Choice, seconds: u64, seed: Option<u64>) ->
     progress::note(format_args!("seed {seed}; --seed makes it the same again"));
     let environment = [(ENV_FUZZ_SECONDS, half.to_string()), (ENV_FUZZ_SEED, seed.to_string())];
     let arguments = [EVERY_FUNCTION.to_owned(), "--nocapture".to_owned()];
-    if !test::on_choice(layout, choice, false, &arguments, &environment)? {
+    if !test::on_choice(layout, choice, &arguments, &environment)? {
         bail!("a function failed in a way that is not its own");
     }
     setup::ensure_packages(&["sqlsmith"])?;

@@ -4,9 +4,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
-use pg_claims_tests::{
-    ENV_PG_CONFIG, ENV_SOCKET_DIR, ENV_WATCHED, ENV_WORK_DIR, Server, ServerUser,
-};
+use pg_claims_tests::{ENV_PG_CONFIG, ENV_SOCKET_DIR, ENV_WORK_DIR, Server, ServerUser};
 
 use crate::interrupt;
 use crate::layout::Layout;
@@ -43,24 +41,15 @@ pub fn run(layout: &Layout, choices: &[Choice], arguments: &[String]) -> Result<
     let rules = cargo_test(layout, "pg_claims-core", arguments, &[])?;
     results.push(("the rules".to_owned(), rules));
 
-    for (at, choice) in choices.iter().enumerate() {
+    for choice in choices {
         // What went wrong with one server says nothing about the next.
-        let mut on_tables = |watched: bool| -> Result<()> {
-            let passed = on_choice(layout, choice, watched, arguments, &[]);
-            interrupt::check()?;
-            let passed = passed.unwrap_or_else(|error| {
-                eprintln!("\nerror: {error:#}");
-                false
-            });
-            let watched = if watched { ", tables with triggers of a user's" } else { "" };
-            results.push((format!("{choice}{watched}"), passed));
-            Ok(())
-        };
-        on_tables(false)?;
-        // The extension writes such tables in another way. Once is enough: it is SQL.
-        if at == 0 {
-            on_tables(true)?;
-        }
+        let passed = on_choice(layout, choice, arguments, &[]);
+        interrupt::check()?;
+        let passed = passed.unwrap_or_else(|error| {
+            eprintln!("\nerror: {error:#}");
+            false
+        });
+        results.push((choice.to_string(), passed));
     }
 
     println!();
@@ -77,7 +66,6 @@ pub fn run(layout: &Layout, choices: &[Choice], arguments: &[String]) -> Result<
 pub fn on_choice(
     layout: &Layout,
     choice: &Choice,
-    watched: bool,
     arguments: &[String],
     more: &[(&str, String)],
 ) -> Result<bool> {
@@ -95,9 +83,6 @@ pub fn on_choice(
         (ENV_WORK_DIR, work_dir.as_path()),
     ];
     environment.extend(more.iter().map(|(variable, value)| (*variable, Path::new(value))));
-    if watched {
-        environment.push((ENV_WATCHED, Path::new("1")));
-    }
     let passed = cargo_test(layout, "pg_claims-tests", arguments, &environment);
     // Servers of single tests have their logs read by those.
     let without_fault = server.discard().context("the tests' common server");

@@ -20,7 +20,7 @@ pub fn run(layout: &Layout, choice: &Choice, seconds: u64, seed: Option<u64>) ->
     let environment =
         [(ENV_TORTURE_SECONDS, seconds.to_string()), (ENV_TORTURE_SEED, seed.to_string())];
     let arguments = [TEST.to_owned(), "--nocapture".to_owned()];
-    if !test::on_choice(layout, choice, false, &arguments, &environment)? {
+    if !test::on_choice(layout, choice, &arguments, &environment)? {
         bail!("a promise was broken; seed {seed}");
     }
     Ok(())

@@ -5,7 +5,6 @@ use postgres::Client;
 
 use crate::queue::texts;
 use crate::support::*;
-use pg_claims_tests::is_watched;
 
 /// What is not well, but for what concerns the whole server that the tests share; it has no worker.
 fn warnings(c: &mut Client) -> Vec<String> {
@@ -17,24 +16,14 @@ fn warnings(c: &mut Client) -> Vec<String> {
     )
 }
 
-/// Tables with triggers of a user's are what the doctor tells of.
-fn without_triggers(mut warnings: Vec<String>) -> Vec<String> {
-    if is_watched() {
-        let told =
-            ["direct_access: ", "dump_and_restore: would not survive a restore: trigger \"watch\""];
-        warnings.retain(|warning| !told.iter().any(|told| warning.starts_with(told)));
-    }
-    warnings
-}
-
 #[test]
 fn the_doctor_finds_a_new_database_well() {
     let (_db, mut c) = coordinated();
     granted(&mut c, "SD-1", "s1");
-    assert_eq!(without_triggers(warnings(&mut c)), Vec::<String>::new());
+    assert_eq!(warnings(&mut c), Vec::<String>::new());
     let consistent = "SELECT count(*) FROM coordination_check()
                        WHERE (status = 'ok') = (detail IS NULL) AND (detail IS NULL) = (hint IS NULL)";
-    assert_eq!(count(&mut c, consistent), if is_watched() { 15 } else { 12 });
+    assert_eq!(count(&mut c, consistent), 12);
 }
 
 #[test]
@@ -47,29 +36,12 @@ fn the_doctor_tells_of_what_was_written_past_the_triggers() {
     )
     .unwrap();
     assert_eq!(
-        without_triggers(warnings(&mut c)),
+        warnings(&mut c),
         ["is_working_on: SDs of which the backlog says something else than the sessions: 1"]
     );
     granted(&mut c, "SD-1", "s1");
     json(&mut c, "SELECT release_sd('s1')", &[]);
-    assert_eq!(without_triggers(warnings(&mut c)), Vec::<String>::new());
-}
-
-#[test]
-fn the_doctor_tells_which_tables_somebody_has_changed() {
-    let (_db, mut c) = coordinated();
-    c.batch_execute(
-        "ALTER TABLE sd_claims ADD COLUMN cost integer;
-         ALTER TABLE session_lifecycle_events ADD CHECK (reason <> 'none')",
-    )
-    .unwrap();
-    let told = warnings(&mut c).concat();
-    assert!(
-        told.starts_with("direct_access: changed, so that claims take several times as long"),
-        "{told}"
-    );
-    assert!(told.contains("sd_claims") && told.contains("session_lifecycle_events"), "{told}");
-    assert_eq!(told.contains("claude_sessions"), is_watched(), "{told}");
+    assert_eq!(warnings(&mut c), Vec::<String>::new());
 }
 
 #[test]
@@ -89,7 +61,7 @@ fn the_doctor_tells_of_claims_that_nobody_reaps_and_of_a_worker_in_trouble() {
     )
     .unwrap();
     assert_eq!(
-        without_triggers(warnings(&mut c)),
+        warnings(&mut c),
         [
             "stale_claims: stale claims that wait for the reaper: 1, the first one for 55 min",
             "worker_errors: 3 min ago: it hurts",
@@ -108,10 +80,7 @@ fn the_doctor_answers_operators_and_nobody_else() {
         assert_eq!(sqlstate(&error), "42501", "{level}");
     }
     json(&mut c, "SELECT grant_coordination($1, 'operator')", &[&role]);
-    assert_eq!(
-        count(&mut onlooker, "SELECT count(*) FROM coordination_check()"),
-        if is_watched() { 15 } else { 12 }
-    );
+    assert_eq!(count(&mut onlooker, "SELECT count(*) FROM coordination_check()"), 12);
 }
 
 #[test]

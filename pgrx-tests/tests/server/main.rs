@@ -5,6 +5,7 @@
 
 mod support;
 
+mod additions;
 mod backlog_binding;
 mod backlog_dropped;
 mod bad_input;

@@ -248,16 +248,14 @@ fn the_board_forgets_a_claim_that_a_session_does_not_have() {
     let claim_id = granted(&mut c, "SD-1", "s1");
     beat(&mut c, "s1");
     assert_eq!(beat(&mut c, "s1")["claim_id"], claim_id);
-    c.batch_execute("ALTER TABLE claude_sessions DISABLE TRIGGER claude_sessions_changed_trigger")
+    c.batch_execute("ALTER TABLE claude_sessions DISABLE TRIGGER sync_is_working_on_trigger")
         .unwrap();
     as_replica(
         &mut c,
         "UPDATE claude_sessions SET sd_id = NULL, claim_id = NULL, claimed_at = NULL WHERE session_id = 's1'",
     );
-    c.batch_execute(
-        "ALTER TABLE claude_sessions ENABLE ALWAYS TRIGGER claude_sessions_changed_trigger",
-    )
-    .unwrap();
+    c.batch_execute("ALTER TABLE claude_sessions ENABLE ALWAYS TRIGGER sync_is_working_on_trigger")
+        .unwrap();
     let mended = repair(&mut c, false);
     assert!(kinds(&mended).contains(&"board"), "{mended:?}");
     assert!(beat(&mut c, "s1")["claim_id"].is_null());

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use pg_claims_tests::{Server, is_watched, json, own_server, wait_until};
+use pg_claims_tests::{Server, json, own_server, wait_until};
 use postgres::Client;
 use postgres::fallible_iterator::FallibleIterator;
 use serde_json::Value;
@@ -295,9 +295,6 @@ pub fn check(server: &Server, database: &str, all: &Value) {
 }
 
 fn twenty_times(name: &str, settings: &[&str], rounds: usize) {
-    if is_watched() {
-        return;
-    }
     let server = server(name, settings);
     let mut source = source(&server, "source");
     let all = json(&mut source, ALL, &[]);

@@ -1,6 +1,6 @@
 //! Dumps of other kinds, and into databases that are not empty.
 
-use pg_claims_tests::{Server, is_watched, json, own_server, wait_until};
+use pg_claims_tests::{Server, json, own_server, wait_until};
 use postgres::Client;
 
 use crate::restore::*;
@@ -11,9 +11,6 @@ const HELD: &str = "SELECT count(*) FROM claude_sessions WHERE sd_id IS NOT NULL
 
 #[test]
 fn a_dump_whose_leases_are_long_over_gives_everybody_one_lease_from_the_first_use_on() {
-    if is_watched() {
-        return;
-    }
     for (name, settings) in [("old-preloaded", vec![PRELOAD]), ("old-dynamic", vec![])] {
         let server = server(name, &settings);
         let mut source = source(&server, "source");
@@ -61,9 +58,6 @@ fn a_dump_whose_leases_are_long_over_gives_everybody_one_lease_from_the_first_us
 
 #[test]
 fn a_dump_replaces_a_database_that_has_lived_on() {
-    if is_watched() {
-        return;
-    }
     let server = server("restore-over", &[PRELOAD]);
     let mut c = source(&server, "lively");
     let all = json(&mut c, ALL, &[]);
@@ -102,9 +96,6 @@ fn a_dump_replaces_a_database_that_has_lived_on() {
 
 #[test]
 fn other_forms_are_restored_whole() {
-    if is_watched() {
-        return;
-    }
     let server = server("restore-forms", &[PRELOAD]);
     let mut c = source(&server, "source");
     let all = json(&mut c, ALL, &[]);
@@ -174,9 +165,6 @@ fn check_bound(c: &mut Client, all: &serde_json::Value) {
 
 #[test]
 fn a_bound_backlog_and_a_guarded_table_are_restored_in_every_form() {
-    if is_watched() {
-        return;
-    }
     let server = server("restore-bound", &[PRELOAD]);
     let mut c = bound(&server, "source");
     let all = json(&mut c, ALL, &[]);
@@ -200,9 +188,6 @@ fn a_bound_backlog_and_a_guarded_table_are_restored_in_every_form() {
 
 #[test]
 fn a_guard_and_a_claim_outlive_a_restore_into_a_server_without_the_roles_of_the_dump() {
-    if is_watched() {
-        return;
-    }
     let source_server = server("restore-from", &[PRELOAD]);
     let mut c = source(&source_server, "source");
     c.batch_execute(

@@ -255,7 +255,7 @@ fn execute_on_all_functions_is_no_right_to_grant() {
         .unwrap();
     a.batch_execute(
         "CREATE TABLE forged (LIKE session_facts);
-         CREATE TRIGGER forge AFTER INSERT ON forged FOR EACH ROW EXECUTE FUNCTION record_claim_history();
+         CREATE TRIGGER forge AFTER INSERT ON forged FOR EACH ROW EXECUTE FUNCTION sync_is_working_on_with_session();
          CREATE TRIGGER forge_too AFTER INSERT ON forged FOR EACH ROW EXECUTE FUNCTION sync_is_working_on_with_session()",
     )
     .unwrap();

@@ -17,7 +17,6 @@ function claim_next_sd(text,text)
 function claim_reclaimable_at(timestamp with time zone,timestamp with time zone,interval,timestamp with time zone)
 function claim_sd(text,text,text)
 function cleanup_stale_sessions(integer,integer)
-function close_on_board()
 function complete_session_write()
 function coordination_check()
 function coordination_repair(boolean)
@@ -52,7 +51,6 @@ function own_replicated_session()
 function protect_open_claim()
 function prune_history(integer)
 function rebuild_directives_view()
-function record_claim_history()
 function refuse_guarded_truncate()
 function refuse_truncate_while_claimed()
 function register_session(text,text,text,integer,text,jsonb,interval)
@@ -132,7 +130,6 @@ fn indexes_and_triggers_are_exactly_these() {
 index sd_conflict_matrix_open_b_idx
 index strategic_directives_v2_parent_idx
 index strategic_directives_v2_queue_idx
-trigger claude_sessions_changed_trigger on claude_sessions
 trigger claude_sessions_complete_trigger on claude_sessions
 trigger claude_sessions_delete_trigger on claude_sessions
 trigger claude_sessions_deleted_trigger on claude_sessions
@@ -147,7 +144,6 @@ trigger lifecycle_event_positions_restore_trigger on lifecycle_event_positions
 trigger pg_claims_deleted on strategic_directives_v2
 trigger pg_claims_finished on strategic_directives_v2
 trigger pg_claims_truncated on strategic_directives_v2
-trigger record_claim_history_trigger on claude_sessions
 trigger sd_claims_protect_delete_trigger on sd_claims
 trigger sd_claims_protect_insert_trigger on sd_claims
 trigger sd_claims_protect_update_trigger on sd_claims

@@ -1,7 +1,6 @@
 //! What a phase plays on: which backlog, whose triggers, how the server runs, what goes wrong.
 
 use fastrand::Rng;
-use pg_claims_tests::is_watched;
 
 use crate::draw::{self, chance};
 
@@ -80,7 +79,7 @@ impl Setting {
                 [Trouble::Connections, Trouble::Crashes, Trouble::Maintenance],
                 2,
             ),
-            watched: is_watched() || chance(&mut rng, 40),
+            watched: chance(&mut rng, 40),
             preloaded: chance(&mut rng, 60),
             clients: rng.u64(6..11),
         }

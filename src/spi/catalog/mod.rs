@@ -93,6 +93,10 @@ thread_local! {
     static READ_FOR: Cell<i64> = const { Cell::new(0) };
     /// How often one of the relations has changed, as far as this backend has heard.
     static CHANGES: Cell<u64> = const { Cell::new(0) };
+    /// The same of them and of any function, operator, type or constraint.
+    static CHANGES_OF_CODE: Cell<u64> = const { Cell::new(0) };
+    /// How often the server has forgotten everything.
+    static TIMES_FORGOTTEN: Cell<u64> = const { Cell::new(0) };
     /// Whether the catalogue was read on a snapshot that a transaction keeps.
     static IS_OLD: Cell<bool> = const { Cell::new(false) };
     /// All invalid while the catalogue is being read: then every change counts.
@@ -115,6 +119,19 @@ pub fn watch() {
             Some(schema_changed),
             pg_sys::Datum::null(),
         );
+        // What the tables' constraints, defaults and triggers' conditions are compiled from.
+        for cache in [
+            pg_sys::SysCacheIdentifier::PROCOID,
+            pg_sys::SysCacheIdentifier::OPEROID,
+            pg_sys::SysCacheIdentifier::TYPEOID,
+            pg_sys::SysCacheIdentifier::CONSTROID,
+        ] {
+            pg_sys::CacheRegisterSyscacheCallback(
+                cache as i32,
+                Some(code_changed),
+                pg_sys::Datum::null(),
+            );
+        }
         pg_sys::CacheRegisterSyscacheCallback(
             pg_sys::SysCacheIdentifier::SEQRELID as i32,
             Some(sequence_changed),
@@ -129,6 +146,7 @@ extern "C-unwind" fn relation_changed(_: pg_sys::Datum, relation: pg_sys::Oid) {
     let watched = WATCHED.get();
     if relation == pg_sys::Oid::INVALID {
         FORGOTTEN.set(true);
+        TIMES_FORGOTTEN.set(TIMES_FORGOTTEN.get() + 1);
         CHANGES.set(CHANGES.get() + 1);
     } else if watched == UNKNOWN
         || watched.contains(&relation)
@@ -136,6 +154,7 @@ extern "C-unwind" fn relation_changed(_: pg_sys::Datum, relation: pg_sys::Oid) {
     {
         CHANGED.set(true);
         CHANGES.set(CHANGES.get() + 1);
+        CHANGES_OF_CODE.set(CHANGES_OF_CODE.get() + 1);
     }
 }
 
@@ -153,6 +172,41 @@ unsafe extern "C-unwind" fn transaction_ends(event: pg_sys::XactEvent::Type, _: 
 /// How often one of the relations has changed, as far as this backend has heard.
 pub fn changes() -> u64 {
     CHANGES.get()
+}
+
+/// What code on the tables is made of, as it was at a moment: the tables, and anybody's functions, operators, types and
+/// constraints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CodeVersion {
+    changes: u64,
+    times_forgotten: u64,
+    statement: i64,
+}
+
+impl CodeVersion {
+    /// That of now.
+    pub fn now() -> Self {
+        Self {
+            changes: CHANGES_OF_CODE.get(),
+            times_forgotten: TIMES_FORGOTTEN.get(),
+            statement: statement_start(),
+        }
+    }
+
+    /// Whether all is still so. That the server has forgotten everything since, which it may do at any moment, says nothing
+    /// within one statement of the client's, as for the catalogue itself.
+    pub fn is_current(&self) -> bool {
+        let now = Self::now();
+        let is_same_turn = self.statement == now.statement && READ_FOR.get() == now.statement;
+        self.changes == now.changes && (self.times_forgotten == now.times_forgotten || is_same_turn)
+    }
+}
+
+extern "C-unwind" fn code_changed(_: pg_sys::Datum, _: i32, hash: u32) {
+    // 0 stands for all of them; that the relations are forgotten as well is told by itself.
+    if hash != 0 {
+        CHANGES_OF_CODE.set(CHANGES_OF_CODE.get() + 1);
+    }
 }
 
 extern "C-unwind" fn schema_changed(_: pg_sys::Datum, _: i32, schema: u32) {
@@ -198,21 +252,17 @@ pub fn doubt() {
 
 /// Whether `table` is still what is known of it, if all that is to be doubted is that the server has forgotten
 /// everything. The catalogue itself is not read for that.
-pub fn is_still(db: &Db<'_>, catalog: &Catalog, name: Name, table: &Known) -> Result<bool> {
+pub fn is_still(catalog: &Catalog, name: Name, table: &Known) -> bool {
     if CHANGED.get() {
-        return Ok(false);
+        return false;
     }
-    // First, or what is done below would take them, and give back more than there were.
-    db.take_rights()?;
     let oids =
         Name::ALL.map(|name| catalog.table(name).map_or(pg_sys::Oid::INVALID, |known| known.oid));
-    let _rights = Unacting::new();
-    let now = Known::look(db, oids)?;
-    let is_so = now[name as usize].as_deref() == Some(table);
+    let is_so = Known::look(oids)[name as usize].as_deref() == Some(table);
     if !is_so {
         doubt();
     }
-    Ok(is_so)
+    is_so
 }
 
 /// The table of sessions that goes with `function`, which is one of the extension's. Takes no lock, so that it can be
@@ -378,12 +428,12 @@ fn read(db: &Db<'_>) -> Result<Catalog> {
         Name::Holds => in_schema(c"sd_holds"),
         Name::Conflicts => in_schema(c"sd_conflict_matrix"),
     });
-    let tables = Known::look(db, oids)?;
+    let tables = Known::look(oids);
     let is_own_backlog_in_use = tables[Name::Directives as usize].is_some()
         && backlog.as_ref().is_some_and(|backlog| {
             Some(backlog.table_oid) == own_backlog
                 && backlog.columns == Columns::own()
-                // Written directly it is written with the extension's rights: not where it is another
+                // Row by row it is written with the extension's rights: not where it is another
                 // role's, which may have put code of its own into an index of any name.
                 && backlog.owner == extension_owner
                 && backlog.usable().is_ok()

@@ -12,7 +12,6 @@ use pg_claims_core::outcome::{Claimed, Owner, TookOver};
 use pg_claims_core::queue::Queued;
 use pg_claims_core::refusal::Refusal;
 
-use super::Granting;
 use super::contradiction::{self, Stranded};
 use super::history::{self, Opened};
 use super::picture::{self, Picture};
@@ -21,6 +20,7 @@ use crate::board::Place;
 use crate::error::{ClaimError, Result};
 use crate::guc;
 use crate::identity::Role;
+use crate::spi::intent::{Intent, Meaning};
 use crate::spi::session::{self, Held, Session};
 use crate::spi::statement::Db;
 use crate::spi::table::Wait;
@@ -82,13 +82,10 @@ pub fn acquire(
 ) -> Result<Result<Claimed, Refusal>> {
     let Request { sd_id, session_id, queued, .. } = request;
     let mut locked: Vec<String> = queued.iter().map(|_| sd_id.to_owned()).collect();
-    // That nobody holds the SD, until it turns out to be wrong.
-    let mut trusts_backlog = true;
+    // Whether history and sessions may not agree about the SD.
+    let mut is_contradictory = false;
     for _ in 0..ROUNDS {
-        // By a statement that would turn out as an error, and for subscribers it would be one.
-        trusts_backlog &=
-            locked.is_empty() || (session::may_be_written_directly() && !time::is_decoded());
-        let picture = if trusts_backlog {
+        let picture = if locked.is_empty() {
             picture::glance(db, session_id, sd_id)?
         } else {
             picture::look(db, Some(session_id), sd_id)?
@@ -172,7 +169,7 @@ pub fn acquire(
                     continue;
                 }
                 // An acquisition that no session holds would keep the SD for ever.
-                if (loser.is_some() || !trusts_backlog)
+                if (loser.is_some() || is_contradictory)
                     && !contradiction::settle(db, &sd_id, wait_for(queued))?.is_empty()
                 {
                     continue;
@@ -184,19 +181,13 @@ pub fn acquire(
                     return Ok(Err(Refusal::SdBusy { sd_id }));
                 }
                 let request = Request { sd_id: &sd_id, ..request };
-                // What was not seen of an owner is seen next time.
-                let wait = if queued.is_some() || (trusts_backlog && loser.is_none()) {
-                    Wait::Skip
-                } else {
-                    Wait::Block
-                };
-                if let Some(claimed) = take(db, request, &session, loser, wait)? {
+                if let Some(claimed) = take(db, request, &session, loser)? {
                     return Ok(Ok(claimed));
                 }
-                if queued.is_some() && !trusts_backlog {
+                if queued.is_some() && is_contradictory {
                     return Ok(Err(Refusal::SdBusy { sd_id: sd_id.to_owned() }));
                 }
-                trusts_backlog = false;
+                is_contradictory = true;
             }
         }
     }
@@ -297,14 +288,12 @@ fn judge(
     Ok(Verdict::Take { sd_id: sd.sd_id, session: Box::new(session), loser, has_conflicts })
 }
 
-/// Writes the claim. `None` when something changed since the look; then nothing is left behind. `wait` is for
-/// an acquisition that somebody is opening past the SD's lock.
+/// Writes the claim. `None` when something changed since the look; then nothing is left behind.
 fn take(
     db: &Db<'_>,
     request: Request<'_>,
     session: &Session,
     loser: Option<Owner>,
-    wait: Wait,
 ) -> Result<Option<Claimed>> {
     let Request { sd_id, session_id, track, force, queued, .. } = request;
     let held = session.claim_id;
@@ -347,7 +336,7 @@ fn take(
         may_be_set_back: session.heartbeat_at > time::now(),
         queued,
     };
-    let Some((claim_id, claimed_at)) = history::open(db, opened, wait)? else {
+    let Some((claim_id, claimed_at)) = history::open(db, opened)? else {
         return match loser {
             None => Ok(None),
             // The SD is locked and its owner has just lost it: an acquisition that is still open
@@ -355,7 +344,7 @@ fn take(
             Some(_) => Err(ClaimError::Unsettled { sd_id: sd_id.to_owned() }),
         };
     };
-    if !grant(db, request, claim_id, claimed_at, held, wait)? {
+    if !grant(db, request, claim_id, claimed_at, held)? {
         // The owner has lost it already: the error undoes that as well.
         if loser.is_some() {
             return Err(ClaimError::Unsettled { sd_id: sd_id.to_owned() });
@@ -400,7 +389,7 @@ fn expire(db: &Db<'_>, owner: &Owner, in_favour_of: &str, force: Option<&str>) -
         lost_to: Some(in_favour_of.to_owned()),
         ..held.session.without_claim(now, reason, true)
     };
-    held.write(db, &loser)?;
+    held.write(&loser)?;
     Ok(true)
 }
 
@@ -411,10 +400,9 @@ fn grant(
     claim_id: i64,
     claimed_at: DateTime<Utc>,
     held: Option<i64>,
-    wait: Wait,
 ) -> Result<bool> {
-    let granting = Granting::new(claim_id);
-    let granted = session::change(db, session_id, wait, |session| {
+    let granting = Meaning::to(Intent::Grant { claim_id, is_undone: false });
+    let granted = session::change(db, session_id, |session| {
         // It may have held and lost another one since the acquisition was said to begin.
         let lost_since = session.released_at.is_some_and(|then| then > claimed_at);
         (!session.is_released() && session.claim_id == held && !lost_since).then(|| Session {

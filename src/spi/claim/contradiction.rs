@@ -142,7 +142,7 @@ fn settle_holder(db: &Db<'_>, holder: &Session, wait: Wait) -> Result<Option<Con
         _ if wait == Wait::Skip && guard::is_held(claim_id) => return Ok(None),
         // Its end is told as a repair by what follows from it.
         _ => {
-            session::change(db, &holder.session_id, Wait::Block, |session| {
+            session::change(db, &holder.session_id, |session| {
                 let held = session.claim_id == Some(claim_id);
                 held.then(|| session.without_claim(time::now(), REPAIRED, true))
             })?;

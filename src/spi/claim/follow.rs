@@ -5,9 +5,10 @@ use pg_claims_core::age;
 use serde_json::json;
 
 use super::history::{Acquisition, End, close, open_as};
-use super::{contradiction, is_granting, look, reap};
+use super::{contradiction, look};
 use crate::error::Result;
 use crate::spi::event::{self, Event, EventType};
+use crate::spi::intent::{self, Intent};
 use crate::spi::session::Session;
 use crate::spi::statement::Db;
 use crate::spi::{heartbeat, manager, time};
@@ -111,11 +112,10 @@ fn of_session<'a>(event_type: EventType, row: &'a Session, reason: Option<&'a st
 
 /// Opens the acquisition of a claim that was written by hand; claim_sd has opened its own.
 fn began(db: &Db<'_>, new: &Session, sd_id: &str, claim_id: i64) -> Result<()> {
-    if is_granting(claim_id) {
+    if intent::is_granting(claim_id) {
         return Ok(());
     }
-    let claimed_at = new.claimed_at.unwrap_or_else(time::now);
-    if open_as(db, claim_id, claimed_at, sd_id, &new.session_id, new.track.as_deref())? {
+    if open_as(db, new)? {
         return Ok(());
     }
     Err(look(db, None, sd_id)?.claimed_by_another(sd_id))
@@ -138,7 +138,7 @@ fn ended(
     }
     let (event_type, detail) = match taken_over_by {
         Some(session_id) => (EventType::TakenOver, json!({ "taken_over_by": session_id })),
-        None if reap::is_reaping(claim_id) => {
+        None if intent::is(&Intent::Reap { claim_id }) => {
             let latest = heartbeat::latest_of(db, old)?;
             if old.stale_noted_for != Some(latest) {
                 event::record(db, plain(EventType::Stale, old, None))?;

@@ -49,23 +49,10 @@ pub fn look(db: &Db<'_>, session_id: Option<&str>, sd_id: &str) -> Result<Pictur
     look_at(db, session_id, sd_id, false)
 }
 
-/// The same, but where the backlog says that nobody holds the SD its owner is not searched for: that reads all
-/// that an old snapshot of somebody else's keeps of the claims on it.
+/// The same before the SD is locked and looked at again: where the backlog says that nobody holds it, its owner is not
+/// searched for.
 pub fn glance(db: &Db<'_>, session_id: &str, sd_id: &str) -> Result<Picture> {
     look_at(db, Some(session_id), sd_id, true)
-}
-
-/// Under REPEATABLE READ and SERIALIZABLE: error 40001 if the SD, which this transaction has locked, was stopped
-/// since its snapshot or is in a conflict that this does not show, or no longer in one.
-pub fn see_latest_stops(db: &Db<'_>, sd_id: &str) -> Result<()> {
-    if !time::has_transaction_snapshot() {
-        return Ok(());
-    }
-    let (kept, latest) = (Snapshot::take(), Snapshot::take_latest());
-    let stops = |snapshot| -> Result<_> {
-        Ok((hold::find(db, snapshot, sd_id)?.is_some(), conflict::open_pairs(db, snapshot, sd_id)?))
-    };
-    if stops(&kept)? == stops(&latest)? { Ok(()) } else { Err(ClaimError::Serialization) }
 }
 
 fn look_at(
@@ -108,6 +95,19 @@ fn look_at(
         picture.owner = Some((owner(holder, lease, is_stale, at)?, is_stale));
     }
     Ok(picture)
+}
+
+/// Under REPEATABLE READ and SERIALIZABLE: error 40001 if the SD, which this transaction has locked, was stopped
+/// since its snapshot or is in a conflict that this does not show, or no longer in one.
+pub fn see_latest_stops(db: &Db<'_>, sd_id: &str) -> Result<()> {
+    if !time::has_transaction_snapshot() {
+        return Ok(());
+    }
+    let (kept, latest) = (Snapshot::take(), Snapshot::take_latest());
+    let stops = |snapshot| -> Result<_> {
+        Ok((hold::find(db, snapshot, sd_id)?.is_some(), conflict::open_pairs(db, snapshot, sd_id)?))
+    };
+    if stops(&kept)? == stops(&latest)? { Ok(()) } else { Err(ClaimError::Serialization) }
 }
 
 fn owner(holder: Session, lease: Lease, is_stale: bool, at: DateTime<Utc>) -> Result<Owner> {

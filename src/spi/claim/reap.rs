@@ -4,8 +4,6 @@
 //! compare on its id and on its still being due under the row's lock. A row that somebody else is
 //! writing is passed by: if that is a heartbeat, the session lives; if not, the next run sees it.
 
-use std::cell::Cell;
-
 use chrono::TimeDelta;
 use pg_claims_core::age;
 use pg_claims_core::lease::Lease;
@@ -17,6 +15,7 @@ use crate::error::Result;
 use crate::guc;
 use crate::spi::catalog::Catalog;
 use crate::spi::event::{self, Event, EventType};
+use crate::spi::intent::{Intent, Meaning};
 use crate::spi::row::Row;
 use crate::spi::statement::{Db, Statement};
 use crate::spi::table::Wait;
@@ -140,32 +139,6 @@ fn attend(db: &Db<'_>, candidate: &Candidate, policy: Policy) -> Result<bool> {
     Ok(false)
 }
 
-thread_local! {
-    /// The claim that this backend's reaper is ending right now.
-    static REAPING: Cell<Option<i64>> = const { Cell::new(None) };
-}
-
-/// Whether the reaper is ending `claim_id`; the trigger that records what happens to a claim asks.
-pub fn is_reaping(claim_id: i64) -> bool {
-    REAPING.get() == Some(claim_id)
-}
-
-/// Marks a claim as being reaped until it is dropped, on an error as well.
-struct Reaping;
-
-impl Reaping {
-    fn new(claim_id: i64) -> Self {
-        REAPING.set(Some(claim_id));
-        Self
-    }
-}
-
-impl Drop for Reaping {
-    fn drop(&mut self) {
-        REAPING.set(None);
-    }
-}
-
 /// The reasons recorded for a claim that the reaper ended.
 pub const REAPED: &str = "reaped";
 const TOO_OLD: &str = "max_claim_age";
@@ -202,9 +175,9 @@ fn reap(db: &Db<'_>, candidate: &Candidate, policy: Policy) -> Result<bool> {
     // Without its age it would be stale as well, or not.
     let is_stale = Lease { claimed_at: None, ..lease }.is_stale(&rules, now);
     let reason = if is_stale { REAPED } else { TOO_OLD };
-    let _reaping = Reaping::new(candidate.claim_id);
+    let _meaning = Meaning::to(Intent::Reap { claim_id: candidate.claim_id });
     let loser = session.without_claim(now, reason, true);
-    held.write(db, &loser)?;
+    held.write(&loser)?;
     Ok(true)
 }
 

@@ -135,7 +135,7 @@ pub fn attach_triggers(db: &Db<'_>, backlog: &Backlog, schema: &str) -> Result<(
     if mirror.is_empty() {
         return Ok(());
     }
-    // Also for writes of other triggers; the extension's own are known by their target.
+    // Also for writes of other triggers; the extension announces its own.
     create(mirror_insert, "BEFORE INSERT", "ROW", "keep_directive_mirror")?;
     let rewritten = format!("ROW WHEN ({})", differ(&mirror));
     create(mirror_update, "BEFORE UPDATE", &rewritten, "keep_directive_mirror")?;

@@ -17,8 +17,8 @@ pub struct Found {
     pub status: Option<String>,
     /// Whether it is finished.
     pub is_terminal: bool,
-    /// Whether the backlog says that nobody works on it, which follows from what sessions hold: not proof,
-    /// but good enough to go on.
+    /// Whether the backlog says that nobody works on it, which follows from what sessions hold: not proof, but good enough
+    /// for a first look.
     pub says_free: bool,
 }
 

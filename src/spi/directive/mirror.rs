@@ -1,7 +1,5 @@
 //! Keeping the backlog's `is_working_on` and `active_session_id`.
 
-use std::cell::RefCell;
-
 use pg_claims_core::text::MOST_SHOWN;
 use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys::BuiltinOid::TEXTOID;
@@ -11,6 +9,7 @@ use super::{Backlog, own};
 use crate::error::{ClaimError, Result};
 use crate::identity::Role;
 use crate::spi::catalog::{self, Catalog};
+use crate::spi::intent::{Intent, Meaning};
 use crate::spi::row::Row;
 use crate::spi::session::{self, Session};
 use crate::spi::statement::{Db, Statement};
@@ -226,63 +225,33 @@ pub fn try_lock(db: &Db<'_>, sd_id: &str) -> Result<bool> {
         || run_as_owner(db, &EXISTS, &[sd_id.into()])? == 0)
 }
 
-thread_local! {
-    /// What this backend is writing into the mirror right now.
-    static SYNCING: RefCell<Option<Target>> = const { RefCell::new(None) };
-}
-
-/// What the mirror is to say of an SD.
-#[derive(Debug, Clone)]
-pub struct Target {
-    pub sd_id: String,
-    pub session_id: Option<String>,
-}
-
-/// What this backend is writing into the mirror right now; the trigger that keeps others from
-/// writing there asks.
-pub fn target() -> Option<Target> {
-    SYNCING.with_borrow(Clone::clone)
-}
-
-/// Announces what is being written until it is dropped, on an error as well.
-struct Syncing(Option<Target>);
-
-impl Syncing {
-    fn new(target: Target) -> Self {
-        Self(SYNCING.replace(Some(target)))
-    }
-}
-
-impl Drop for Syncing {
-    fn drop(&mut self) {
-        SYNCING.set(self.0.take());
-    }
-}
-
 /// Makes the backlog say that `session_id` works on the SD, or nobody.
 pub fn sync(db: &Db<'_>, sd_id: &str, session_id: Option<&str>) -> Result<()> {
-    if db.catalog()?.is_own_backlog_in_use && own::sync(db, sd_id, session_id)? {
-        return Ok(());
-    }
-    let _syncing =
-        Syncing::new(Target { sd_id: sd_id.to_owned(), session_id: session_id.map(str::to_owned) });
-    let arguments = [sd_id.into(), session_id.into()];
-    let written = as_owner(db, |db| {
+    let _meaning = Meaning::to(Intent::Mirror {
+        sd_id: sd_id.to_owned(),
+        session_id: session_id.map(str::to_owned),
+    });
+    let is_as_asked = as_owner(db, |db| {
         set_constraints(db, true)?;
-        let rows = db.run(&SYNC, &arguments)?;
-        let written = if rows.is_empty() { None } else { Some(rows.first().flag(1)?) };
+        let is_as_asked = if db.catalog()?.is_own_backlog_in_use {
+            own::sync(db, sd_id, session_id)?
+        } else {
+            sync_bound(db, sd_id, session_id)?
+        };
         set_constraints(db, false)?;
-        Ok(written)
+        Ok(is_as_asked)
     })?;
-    let refused = match written {
-        Some(as_asked) => !as_asked,
+    if is_as_asked { Ok(()) } else { Err(ClaimError::MirrorRefused { sd_id: sd_id.to_owned() }) }
+}
+
+/// The same by a statement. False where a trigger of the user's has had its own way.
+fn sync_bound(db: &Db<'_>, sd_id: &str, session_id: Option<&str>) -> Result<bool> {
+    let arguments = [sd_id.into(), session_id.into()];
+    match db.first_row(&SYNC, &arguments)? {
+        Some(row) => row.flag(1),
         // It says so already, the SD is gone, or a trigger of the user's has swallowed the write.
-        None => run_as_owner(db, &DISAGREES, &arguments)? > 0,
-    };
-    if refused {
-        return Err(ClaimError::MirrorRefused { sd_id: sd_id.to_owned() });
+        None => Ok(db.run(&DISAGREES, &arguments)?.is_empty()),
     }
-    Ok(())
 }
 
 /// Makes the backlog say who holds the SD by now.

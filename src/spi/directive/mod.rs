@@ -39,8 +39,6 @@ pub use columns::Columns;
 pub use find::{Found, find};
 pub use guarded::{guard_table, unguard_table};
 pub use indexes::{renew_index, wanted_indexes};
-pub use mirror::{
-    correct, count_out_of_step, follow, lock, out_of_step, sync, target, title, try_lock,
-};
+pub use mirror::{correct, count_out_of_step, follow, lock, out_of_step, sync, title, try_lock};
 pub use own::{is_terminal, is_unfinished_as_known, says_free, try_lock_found};
 pub use table::WantedIndex;

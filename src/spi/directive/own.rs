@@ -1,8 +1,8 @@
-//! The extension's own backlog, found and written directly.
+//! The extension's own backlog, found and written row by row.
 
 use std::rc::Rc;
 
-use crate::error::Result;
+use crate::error::{ClaimError, Result};
 use crate::spi::catalog::Catalog;
 use crate::spi::row::Row;
 use crate::spi::statement::Db;
@@ -77,28 +77,32 @@ pub fn try_lock_found(db: &Db<'_>, snapshot: &Snapshot, found: &TableRow) -> Res
     Ok(lock)
 }
 
-/// Makes the SD's row say that `session_id` works on it, or nobody. False where a statement must do it.
+/// Makes the SD's row say that `session_id` works on it, or nobody. False where a trigger of the user's has had its own
+/// way.
 pub fn sync(db: &Db<'_>, sd_id: &str, session_id: Option<&str>) -> Result<bool> {
-    let table = Table::to_write(db, Name::Directives)?;
-    if !table.may_be_written() {
-        return Ok(false);
-    }
     loop {
         pgrx::check_for_interrupts!();
+        let table = Table::to_write(db, Name::Directives)?;
         let snapshot = Snapshot::take();
         let Some(row) = table.find(&snapshot, column::BY_SD_ID, Key::Text(sd_id)) else {
             return Ok(true);
         };
-        if row.flag(column::IS_WORKING_ON)? == session_id.is_some()
-            && row.text(column::ACTIVE_SESSION_ID)?.as_deref() == session_id
-        {
+        if says(&row, session_id)? {
             return Ok(true);
         }
         let new = NewRow::default()
             .set(column::IS_WORKING_ON, session_id.is_some())
             .set(column::ACTIVE_SESSION_ID, session_id);
-        if table.update(&snapshot, &row, &new) {
-            return Ok(true);
+        match table.update(&snapshot, &row, &new) {
+            Ok(Some(written)) => return says(&written, session_id),
+            Ok(None) => {}
+            Err(ClaimError::WriteRefused { .. }) => return Ok(false),
+            Err(error) => return Err(error),
         }
     }
+}
+
+fn says(row: &TableRow, session_id: Option<&str>) -> Result<bool> {
+    Ok(row.flag(column::IS_WORKING_ON)? == session_id.is_some()
+        && row.text(column::ACTIVE_SESSION_ID)?.as_deref() == session_id)
 }

@@ -15,7 +15,7 @@ use super::row::Row;
 use super::statement::{Db, Statement, required};
 use super::table::layout::Index;
 use super::table::layout::sessions as column;
-use super::table::{Key, Name, Snapshot, Table, Wait};
+use super::table::{Key, Name, Snapshot, Table};
 use super::{time, wait};
 use crate::error::Result;
 use crate::identity::Role;
@@ -49,11 +49,6 @@ pub fn is_contested(db: &Db<'_>, session_id: &str) -> Result<bool> {
     let snapshot = Snapshot::take();
     let row = table.find(&snapshot, column::BY_SESSION_ID, Key::Text(session_id));
     Ok(row.is_some_and(|row| row.is_contested()))
-}
-
-/// Whether sessions may be written directly, as far as this backend knows.
-pub fn may_be_written_directly() -> bool {
-    Table::to_write_directly(Name::Sessions).is_some()
 }
 
 /// The session that holds an SD, live or stale.
@@ -185,7 +180,7 @@ pub fn let_go(
 ) -> Result<Option<DateTime<Utc>>> {
     // A guard may hold it for long, and who waits for that must not hold up the session's heartbeats.
     guard::exclude(db, claim_id)?;
-    let changed = change(db, session_id, Wait::Block, |session| {
+    let changed = change(db, session_id, |session| {
         let held = session.claim_id == Some(claim_id);
         held.then(|| session.without_claim(time::now(), reason, unasked))
     })?;
@@ -204,7 +199,7 @@ pub fn end(
     if let Some(claim_id) = claim_id {
         guard::exclude(db, claim_id)?;
     }
-    let changed = change(db, session_id, Wait::Block, |session| {
+    let changed = change(db, session_id, |session| {
         let is_as_seen = !session.is_released() && session.claim_id == claim_id;
         is_as_seen.then(|| Session {
             status: "released".into(),

@@ -12,8 +12,6 @@ pub struct Layout {
     pub name: &'static str,
     /// Its columns, and their types.
     pub columns: &'static [(&'static str, BuiltinOid)],
-    /// Those of its columns that must not be NULL.
-    pub not_null: &'static [&'static str],
     /// The column that is its primary key, if it is read by that.
     pub key: Option<&'static str>,
     /// Those of its indexes by which it is read, and the first column of each; that of the primary key
@@ -22,11 +20,12 @@ pub struct Layout {
     /// Those by which it may be read as well where they are there, the columns of each, with no name for an
     /// expression, and its access method.
     pub spare_indexes: &'static [(&'static str, &'static [&'static str], u32)],
-    /// Those of its indexes that are partial or on expressions.
-    pub computed: &'static [&'static str],
-    /// The triggers whose work a direct write does itself.
+    /// The one of its indexes that decides who of several gets an SD, and the columns that its condition is about: one of
+    /// that name that is not unique, or of another condition, decides nothing.
+    pub decider: Option<(&'static str, &'static [&'static str])>,
+    /// Its triggers.
     pub triggers: &'static [&'static str],
-    /// The constraints that a direct write keeps by itself.
+    /// Its CHECK constraints.
     pub checks: &'static [&'static str],
 }
 
@@ -63,6 +62,12 @@ impl Layout {
     /// The primary key's position, if the table is read by it.
     pub(super) fn key_column(&self) -> Option<usize> {
         self.key.and_then(|key| self.position(key))
+    }
+
+    /// The columns that the deciding index's condition is about, by their positions, in their order.
+    pub(super) fn condition(&self) -> Vec<usize> {
+        let columns = self.decider.map_or(&[][..], |(_, columns)| columns);
+        columns.iter().filter_map(|column| self.position(column)).collect()
     }
 
     /// A column's position as [`Layout::column`] has it, if there is one of that name.
@@ -208,25 +213,14 @@ pub mod sessions {
             ("age_warned_for", INT8OID),
             ("owner_oid", OIDOID),
         ],
-        not_null: &[
-            "id",
-            "session_id",
-            "heartbeat_at",
-            "status",
-            "metadata",
-            "created_at",
-            "updated_at",
-            "owner_role",
-        ],
         key: Some("session_id"),
         indexes: &[
             ("claude_sessions_pkey", "session_id"),
             ("idx_claude_sessions_unique_active_claim", "sd_id"),
         ],
         spare_indexes: &[],
-        computed: &["idx_claude_sessions_unique_active_claim"],
+        decider: Some(("idx_claude_sessions_unique_active_claim", &["sd_id", "status"])),
         triggers: &[
-            "claude_sessions_changed_trigger",
             "claude_sessions_complete_trigger",
             "claude_sessions_delete_trigger",
             "claude_sessions_deleted_trigger",
@@ -235,7 +229,6 @@ pub mod sessions {
             "claude_sessions_set_back_trigger",
             "claude_sessions_truncate_trigger",
             "claude_sessions_truncated_trigger",
-            "record_claim_history_trigger",
             "sync_is_working_on_trigger",
         ],
         checks: &["claude_sessions_whole_claim_check"],
@@ -272,7 +265,7 @@ pub mod sessions {
 pub mod claims {
     use pgrx::pg_sys::BuiltinOid::{INT8OID, TEXTOID, TIMESTAMPTZOID};
 
-    use super::{BTREE, Index, Layout, SpareIndex};
+    use super::{Index, Layout};
 
     /// The table.
     pub const LAYOUT: Layout = Layout {
@@ -292,11 +285,10 @@ pub mod claims {
             ("queue_reason", TEXTOID),
             ("queue_track", TEXTOID),
         ],
-        not_null: &["claim_id", "sd_id", "session_id", "claimed_at"],
         key: Some("claim_id"),
-        indexes: &[("sd_claims_pkey", "claim_id")],
-        spare_indexes: &[("sd_claims_open_key", &["sd_id"], BTREE)],
-        computed: &["sd_claims_open_key"],
+        indexes: &[("sd_claims_pkey", "claim_id"), ("sd_claims_open_key", "sd_id")],
+        spare_indexes: &[],
+        decider: Some(("sd_claims_open_key", &["released_at"])),
         triggers: &[
             "sd_claims_protect_insert_trigger",
             "sd_claims_protect_update_trigger",
@@ -322,7 +314,7 @@ pub mod claims {
     pub const QUEUE_TRACK: usize = LAYOUT.column("queue_track");
 
     pub const BY_CLAIM_ID: Index = LAYOUT.index("sd_claims_pkey");
-    pub const OPEN_BY_SD_ID: SpareIndex = LAYOUT.spare_index("sd_claims_open_key");
+    pub const OPEN_BY_SD_ID: Index = LAYOUT.index("sd_claims_open_key");
 }
 
 /// `session_lifecycle_events`.
@@ -348,11 +340,10 @@ pub mod events {
             ("held_seconds", NUMERICOID),
             ("detail", JSONBOID),
         ],
-        not_null: &["event_id", "event_type", "session_id", "occurred_at", "actor", "detail"],
         key: None,
         indexes: &[],
         spare_indexes: &[],
-        computed: &[],
+        decider: None,
         triggers: &["session_lifecycle_events_restore_trigger"],
         checks: &[],
     };
@@ -384,11 +375,10 @@ pub mod holds {
             ("held_by", NAMEOID),
             ("held_at", TIMESTAMPTZOID),
         ],
-        not_null: &["sd_id", "reason", "held_by", "held_at"],
         key: Some("sd_id"),
         indexes: &[("sd_holds_pkey", "sd_id")],
         spare_indexes: &[],
-        computed: &[],
+        decider: None,
         triggers: &[],
         checks: &[],
     };
@@ -421,22 +411,13 @@ pub mod conflicts {
             ("resolved_by", NAMEOID),
             ("last_claim_at", TIMESTAMPTZOID),
         ],
-        not_null: &[
-            "conflict_id",
-            "sd_id_a",
-            "sd_id_b",
-            "conflict_type",
-            "conflict_severity",
-            "declared_at",
-            "declared_by",
-        ],
         key: None,
         indexes: &[
             ("sd_conflict_matrix_open_key", "sd_id_a"),
             ("sd_conflict_matrix_open_b_idx", "sd_id_b"),
         ],
         spare_indexes: &[],
-        computed: &["sd_conflict_matrix_open_key", "sd_conflict_matrix_open_b_idx"],
+        decider: None,
         triggers: &[],
         checks: &["sd_conflict_matrix_order_check", "sd_conflict_matrix_severity_check"],
     };
@@ -472,23 +453,13 @@ pub mod directives {
             ("created_at", TIMESTAMPTZOID),
             ("updated_at", TIMESTAMPTZOID),
         ],
-        not_null: &[
-            "sd_id",
-            "status",
-            "priority",
-            "dependencies",
-            "is_working_on",
-            "metadata",
-            "created_at",
-            "updated_at",
-        ],
         key: Some("sd_id"),
         indexes: &[("strategic_directives_v2_pkey", "sd_id")],
         spare_indexes: &[
             ("strategic_directives_v2_queue_idx", &["", "", "created_at", "sd_id"], BTREE),
             ("strategic_directives_v2_parent_idx", &["parent_sd_id"], HASH),
         ],
-        computed: &["strategic_directives_v2_queue_idx", "strategic_directives_v2_parent_idx"],
+        decider: None,
         triggers: &[
             "pg_claims_deleted",
             "pg_claims_finished",

@@ -1,4 +1,4 @@
-//! Direct access to the extension's own tables, on the paths that are taken all the time.
+//! The extension's own tables, row by row, on the paths that are taken all the time.
 //!
 //! A statement costs more than what it does: the server starts a plan, checks rights, and reads the text
 //! of constraints and of triggers' conditions anew. Here rows are found by an index and written one by
@@ -6,15 +6,16 @@
 //! write finds out what a concurrent transaction has made of the row; where the transaction keeps one
 //! snapshot, a change that this does not show is error 40001.
 //!
-//! A direct write fires no trigger and checks no constraint. So a table is written directly only while it
-//! is as the extension made it ([`Table::may_be_written`]), by callers that do what its triggers would do.
-//! Otherwise they use statements. As no code of anybody else's runs then, nobody's rights matter.
+//! A write fires all triggers, keeps all constraints and fills all indexes, the user's as well as the extension's. It goes
+//! by no rule and no policy.
 
+mod executor;
 mod known;
 pub mod layout;
 mod places;
 mod read;
 mod snapshot;
+mod target;
 mod write;
 
 use std::rc::Rc;
@@ -23,16 +24,14 @@ use pgrx::pg_sys;
 
 use super::catalog::{self, Catalog};
 use super::statement::Db;
-use super::time;
 use crate::error::{ClaimError, Result};
-use crate::service;
 use layout::Layout;
 
 pub use known::{AllKnown, Known};
 pub use places::init;
 pub use read::{Key, TableRow};
 pub use snapshot::Snapshot;
-pub use write::{Lock, NewRow, Update, Wait};
+pub use write::{Lock, NewRow, Wait};
 
 /// One of the tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,6 +71,8 @@ impl Name {
 /// A table, open for the length of a call. Its lock stays until the transaction ends.
 pub struct Table {
     known: Rc<Known>,
+    /// The extension that it belongs to.
+    extension: pg_sys::Oid,
     relation: pg_sys::Relation,
 }
 
@@ -83,27 +84,14 @@ impl Table {
 
     /// Opens it for rows to be locked or written.
     pub fn to_write(db: &Db<'_>, name: Name) -> Result<Self> {
+        // Whatever code is on the table runs with the rights of the extension's owner, as by a statement.
+        db.take_rights()?;
         Self::open(db, name, pg_sys::RowExclusiveLock)
-    }
-
-    /// Opens it to be written, if it is known already and may be written directly. Not on a standby: there whoever
-    /// connects is told.
-    pub fn to_write_directly(name: Name) -> Option<Self> {
-        if service::is_in_recovery() {
-            return None;
-        }
-        let table = Self::open_as_known(&catalog::known()?, name, pg_sys::RowExclusiveLock)?;
-        table.may_be_written().then_some(table)
     }
 
     /// Opens it to be read as it is known. `None` where it is known no more.
     pub fn to_read_as_known(catalog: &Rc<Catalog>, name: Name) -> Option<Self> {
-        Self::open_as_known(catalog, name, pg_sys::AccessShareLock)
-    }
-
-    /// `None` where it is known no more.
-    fn open_as_known(catalog: &Rc<Catalog>, name: Name, mode: u32) -> Option<Self> {
-        let table = Self::open_known(catalog, name, mode)?;
+        let table = Self::open_known(catalog, name, pg_sys::AccessShareLock)?;
         // Whoever was waited for may have changed it; from here on nobody can.
         catalog::known().is_some_and(|now| Rc::ptr_eq(&now, catalog)).then_some(table)
     }
@@ -121,7 +109,7 @@ impl Table {
             };
             // Whoever was waited for may have changed it; from here on nobody can. It counts what it is like: that
             // the catalogue is read once more, for whatever reason, does not mean that this has changed.
-            if catalog::known().is_none() && catalog::is_still(db, &catalog, name, &table.known)? {
+            if catalog::known().is_none() && catalog::is_still(&catalog, name, &table.known) {
                 return Ok(table);
             }
             let now = db.catalog()?;
@@ -143,7 +131,7 @@ impl Table {
         if relation.is_null() {
             return None;
         }
-        Some(Self { known, relation })
+        Some(Self { known, extension: catalog.extension, relation })
     }
 
     /// The table.
@@ -151,19 +139,15 @@ impl Table {
         self.known.oid
     }
 
-    /// Whether the table is as the extension made it, with all indexes by which it is read.
-    pub fn is_as_made(&self) -> bool {
-        self.known.is_as_made && self.known.has_all_spare_indexes()
+    /// Its name.
+    fn name(&self) -> String {
+        // SAFETY: the table is open.
+        unsafe { pgrx::name_data_to_str(&(*(*self.relation).rd_rel).relname).to_owned() }
     }
 
-    /// Whether the table may be written directly: it has just the triggers and constraints that the
-    /// extension made, and those are in force.
-    pub fn may_be_written(&self) -> bool {
-        self.known.is_as_made
-            // What was read in such a transaction may be older than the table; and only a statement tells
-            // a claim that its snapshot does not show.
-            && !time::has_transaction_snapshot()
-            && !time::is_replica()
+    /// Whether it has all indexes by which it is read.
+    pub fn has_all_indexes(&self) -> bool {
+        self.known.has_all_spare_indexes()
     }
 }
 

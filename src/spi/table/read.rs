@@ -71,7 +71,11 @@ impl Table {
     }
 
     /// The row at a place, if the snapshot shows that one.
-    fn at(&self, snapshot: &Snapshot, mut place: pg_sys::ItemPointerData) -> Option<TableRow> {
+    pub(super) fn at(
+        &self,
+        snapshot: &Snapshot,
+        mut place: pg_sys::ItemPointerData,
+    ) -> Option<TableRow> {
         let row = self.empty_row();
         // SAFETY: the table is open and has kept its lock since the place was found; the slot is one of
         // the table's.
@@ -260,9 +264,11 @@ impl TableRow {
         unsafe { *(*self.slot).tts_isnull.add(position - 1) }
     }
 
-    /// Whether a column of type text is the same in another row.
-    pub(super) fn is_same(&self, other: &Self, position: usize) -> bool {
-        self.get::<&str>(position) == other.get::<&str>(position)
+    /// The row, after it was written: that has made a tuple of its columns.
+    pub(super) fn taken_apart(self) -> Self {
+        // SAFETY: the slot has been filled.
+        unsafe { pg_sys::slot_getallattrs(self.slot) };
+        self
     }
 
     /// Whether a column says so.

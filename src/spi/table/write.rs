@@ -4,11 +4,11 @@ use std::ffi::CStr;
 
 use chrono::TimeDelta;
 use pgrx::pg_sys::TM_Result;
-use pgrx::{IntoDatum, PgMemoryContexts, pg_sys};
+use pgrx::{IntoDatum, PgTupleDesc, pg_sys};
 
-use super::known::{Entry, Rows};
-use super::layout::{claims, sessions};
-use super::{Snapshot, Table, TableRow};
+use super::layout::Index;
+use super::target::{Fires, Target};
+use super::{Snapshot, Table, TableRow, executor};
 use crate::error::{ClaimError, Result};
 use crate::spi::time;
 
@@ -89,7 +89,9 @@ impl NewRow {
 unsafe fn check_may_write(command: &CStr) {
     // SAFETY: as promised; the server raises an error that names the command.
     unsafe {
-        pg_sys::PreventCommandIfReadOnly(command.as_ptr());
+        if time::is_read_only() {
+            pg_sys::PreventCommandIfReadOnly(command.as_ptr());
+        }
         pg_sys::PreventCommandIfParallelMode(command.as_ptr());
     }
 }
@@ -152,48 +154,79 @@ impl Table {
         true
     }
 
-    /// Gives a row that was found some new values, unless another transaction has changed it since: then
-    /// false. Waits for one that is just doing so.
-    pub fn update(&self, snapshot: &Snapshot, row: &TableRow, new: &NewRow) -> bool {
-        self.update_checked(snapshot, row, new, Uniqueness::Required) != Update::Outdated
-    }
-
-    /// The same, but tells where an SD may have only one such row and has another, or may come to have one.
-    pub fn try_update(&self, snapshot: &Snapshot, row: &TableRow, new: &NewRow) -> Update {
-        self.update_checked(snapshot, row, new, Uniqueness::Told)
-    }
-
-    fn update_checked(
+    /// Gives a row that was found some new values, as a statement of the server's would, and returns it as it was written:
+    /// BEFORE triggers may have their own way. `None` where another transaction has changed it since; who is just doing
+    /// so is waited for. An error where a trigger suppresses the write.
+    pub fn update(
         &self,
         snapshot: &Snapshot,
         row: &TableRow,
         new: &NewRow,
-        uniqueness: Uniqueness,
-    ) -> Update {
-        let written = self.empty_row();
-        let mut failure = pg_sys::TM_FailureData::default();
-        let mut lock_mode = pg_sys::LockTupleMode::LockTupleNoKeyExclusive;
-        // SAFETY: both slots are of this table and its columns have been taken apart; the old row stays
-        // in memory until the new one has been made of it. The values are of the columns' types.
-        let (result, indexes) = unsafe {
+    ) -> Result<Option<TableRow>> {
+        // SAFETY: asks for the rules of the table, which is open.
+        unsafe {
             check_may_write(c"UPDATE");
             pg_sys::CheckCmdReplicaIdentity(self.relation, pg_sys::CmdType::CMD_UPDATE);
+        }
+        let mut target = Target::of(self, new.values.iter().map(|(position, _)| *position))?;
+        // A trigger is fired for what is going to be written, and the server locks the row for it as well.
+        let fires = target.fires(pg_sys::CmdType::CMD_UPDATE);
+        if fires.before && !self.lock_unchanged(snapshot, row)? {
+            target.done();
+            return Ok(None);
+        }
+        let written = self.empty_row();
+        // SAFETY: both slots are of this table and its columns have been taken apart; the old row stays in memory until the
+        // new one has been made of it. The values are of the columns' types.
+        let is_written = unsafe {
             let columns = (*(*self.relation).rd_att).natts as usize;
-            (*written.slot).tts_values.copy_from_nonoverlapping((*row.slot).tts_values, columns);
-            (*written.slot).tts_isnull.copy_from_nonoverlapping((*row.slot).tts_isnull, columns);
+            let (old, slot) = (row.slot, written.slot);
+            (*slot).tts_values.copy_from_nonoverlapping((*old).tts_values, columns);
+            (*slot).tts_isnull.copy_from_nonoverlapping((*old).tts_isnull, columns);
             // As every statement leaves them behind.
-            for position in &self.known.dropped {
-                *(*written.slot).tts_isnull.add(position - 1) = true;
+            let descriptor = PgTupleDesc::from_pg_unchecked((*self.relation).rd_att);
+            for (at, _) in descriptor.iter().enumerate().filter(|(_, column)| column.attisdropped) {
+                *(*slot).tts_isnull.add(at) = true;
             }
-            new.fill(written.slot);
-            pg_sys::ExecStoreVirtualTuple(written.slot);
-            let mut indexes = Indexes::default();
-            let mut place = *row.place();
+            new.fill(slot);
+            pg_sys::ExecStoreVirtualTuple(slot);
+            target.write(fires, |target| {
+                self.update_row(target, snapshot, *row.place(), slot, fires)
+            })?
+        };
+        target.done();
+        Ok(is_written.then(|| written.taken_apart()))
+    }
+
+    /// # Safety
+    /// `slot` must have the row as it is to be, for the one at `place`.
+    unsafe fn update_row(
+        &self,
+        target: &mut Target,
+        snapshot: &Snapshot,
+        mut place: pg_sys::ItemPointerData,
+        slot: *mut pg_sys::TupleTableSlot,
+        fires: Fires,
+    ) -> Result<bool> {
+        const COMMAND: pg_sys::CmdType::Type = pg_sys::CmdType::CMD_UPDATE;
+        let (state, relation) = (target.state, target.relation);
+        // SAFETY: as promised; the target is the table's, for this very update.
+        unsafe {
+            if fires.before {
+                pg_sys::ExecBSUpdateTriggers(state, relation);
+                if !executor::before_update(state, relation, &mut place, slot) {
+                    return Err(ClaimError::WriteRefused { table: self.name() });
+                }
+            }
+            target.check(slot, COMMAND);
+            let mut failure = pg_sys::TM_FailureData::default();
+            let mut lock_mode = pg_sys::LockTupleMode::LockTupleNoKeyExclusive;
+            let mut indexes = executor::Indexes::default();
             let result = pg_sys::table_tuple_update(
                 self.relation,
                 &mut place,
-                written.slot,
-                pg_sys::GetCurrentCommandId(true),
+                slot,
+                (*state).es_output_cid,
                 snapshot.raw,
                 std::ptr::null_mut(),
                 true,
@@ -201,242 +234,112 @@ impl Table {
                 &mut lock_mode,
                 &mut indexes,
             );
-            (result, indexes)
-        };
-        if result != TM_Result::TM_Ok {
-            return Update::Outdated;
+            match result {
+                TM_Result::TM_Ok => {}
+                TM_Result::TM_SelfModified => {
+                    return Err(ClaimError::ChangedByTrigger { table: self.name() });
+                }
+                _ if time::has_transaction_snapshot() => return Err(ClaimError::Serialization),
+                _ => return Ok(false),
+            }
+            let (has_entries, only_summarizing) = executor::needs_indexes(indexes);
+            let mut recheck = std::ptr::null_mut();
+            if has_entries {
+                target.open_indexes();
+                recheck =
+                    executor::insert_index_entries(state, relation, slot, true, only_summarizing);
+            }
+            if fires.after {
+                let transition = target.transition(COMMAND);
+                executor::after_update(state, relation, &mut place, slot, recheck, transition);
+                pg_sys::ExecASUpdateTriggers(state, relation, transition);
+            }
         }
-        let is_unique = only_summarizing(indexes).is_none_or(|only_summarizing| {
-            // SAFETY: the slot holds the row as it was written.
-            unsafe { self.insert_index_entries(Some(row), &written, only_summarizing, uniqueness) }
-        });
-        if is_unique { Update::Done } else { Update::Contested }
+        Ok(true)
     }
 
-    /// Adds a row; columns without a value become NULL. Waits for a transaction that is just adding one of the
-    /// same key, and is an error if there is one.
-    pub fn insert(&self, new: &NewRow) {
-        self.insert_checked(new, Uniqueness::Required);
+    /// Locks a row that was found; false where another transaction has changed it since.
+    fn lock_unchanged(&self, snapshot: &Snapshot, row: &TableRow) -> Result<bool> {
+        Ok(match self.lock(snapshot, row, Wait::Block)? {
+            // SAFETY: both have been set.
+            Lock::Held(now) => unsafe { pg_sys::ItemPointerEquals(now.place(), row.place()) },
+            Lock::Busy | Lock::Gone => false,
+        })
     }
 
-    /// The same, but where an SD may have only one such row waits for nobody: false where it has another, or may
-    /// come to have one. Then the new one must be deleted again.
-    pub fn try_insert(&self, new: &NewRow) -> bool {
-        self.insert_checked(new, Uniqueness::Told)
+    /// Adds a row, as a statement of the server's would; columns without a value get their default. Waits for a transaction
+    /// that is just adding one of the same key, and is an error if there is one, or where a trigger suppresses the write.
+    pub fn insert(&self, new: &NewRow) -> Result<()> {
+        self.insert_unless(None, new).map(drop)
     }
 
-    fn insert_checked(&self, new: &NewRow, uniqueness: Uniqueness) -> bool {
+    /// The same, but false where another row has the same key in a unique index.
+    pub fn insert_unless_there(&self, unique: Index, new: &NewRow) -> Result<bool> {
+        self.insert_unless(Some(self.known.index(unique)), new)
+    }
+
+    fn insert_unless(&self, unique: Option<pg_sys::Oid>, new: &NewRow) -> Result<bool> {
+        // SAFETY: asks about this transaction.
+        unsafe { check_may_write(c"INSERT") };
+        let mut target = Target::of(self, std::iter::empty())?;
         let written = self.empty_row();
         // SAFETY: the slot is of this table, and all its columns are filled.
-        unsafe {
-            check_may_write(c"INSERT");
+        let is_written = unsafe {
             let columns = (*(*self.relation).rd_att).natts as usize;
             std::slice::from_raw_parts_mut((*written.slot).tts_isnull, columns).fill(true);
             new.fill(written.slot);
+            let is_given = |position| new.values.iter().any(|(given, _)| *given == position);
+            target.fill_defaults(written.slot, is_given);
             pg_sys::ExecStoreVirtualTuple(written.slot);
-            pg_sys::simple_table_tuple_insert(self.relation, written.slot);
-            self.insert_index_entries(None, &written, false, uniqueness)
-        }
-    }
-
-    /// False where that may leave two rows with one key, which only [`Uniqueness::Told`] allows.
-    ///
-    /// # Safety
-    /// `row` must just have been written, in the place of `old` if there is one.
-    unsafe fn insert_index_entries(
-        &self,
-        old: Option<&TableRow>,
-        row: &TableRow,
-        only_summarizing: bool,
-        uniqueness: Uniqueness,
-    ) -> bool {
-        let mut is_unique = true;
-        // SAFETY: as promised. Writing has made a tuple of the columns; they are taken apart again.
-        unsafe {
-            pg_sys::slot_getallattrs(row.slot);
-            // A B-tree does not summarize.
-            let entries = self.known.entries.iter().filter(|_| !only_summarizing);
-            for entry in entries.filter(|entry| entry.has(row)) {
-                is_unique &= self.insert_index_entry(old, row, entry, uniqueness);
-            }
-            if self.known.has_other_indexes {
-                self.insert_other_index_entries(row, old.is_some(), only_summarizing);
-            }
-        }
-        is_unique
-    }
-
-    /// # Safety
-    /// `row` must just have been written, in the place of `old` if there is one, and `entry` be one of the
-    /// table's.
-    unsafe fn insert_index_entry(
-        &self,
-        old: Option<&TableRow>,
-        row: &TableRow,
-        entry: &Entry,
-        uniqueness: Uniqueness,
-    ) -> bool {
-        let mut values = [pg_sys::Datum::null(); pg_sys::INDEX_MAX_KEYS as usize];
-        let mut are_null = [false; pg_sys::INDEX_MAX_KEYS as usize];
-        // Where the old version has the same key in the index there is nothing to be checked: the server's
-        // check would visit every version of the row that anybody may still see.
-        let is_unchanged = old.is_some_and(|old| entry.keeps_key(old, row));
-        let check = match uniqueness {
-            // An index that is just being built may lack the old version, and would then let another row have
-            // the key.
-            _ if (is_unchanged && entry.is_valid) || !entry.is_unique => {
-                pg_sys::IndexUniqueCheck::UNIQUE_CHECK_NO
-            }
-            // Two rows with one primary key could not be told apart any more.
-            Uniqueness::Told if entry.rows != Rows::All => {
-                pg_sys::IndexUniqueCheck::UNIQUE_CHECK_PARTIAL
-            }
-            _ => pg_sys::IndexUniqueCheck::UNIQUE_CHECK_YES,
+            let fires = target.fires(pg_sys::CmdType::CMD_INSERT);
+            target.write(fires, |target| self.insert_row(target, written.slot, unique, fires))?
         };
-        // SAFETY: as promised; a B-tree asks for no more of its description than that there is one.
-        unsafe {
-            for (at, column) in entry.columns.iter().enumerate() {
-                values[at] = *(*row.slot).tts_values.add(column - 1);
-                are_null[at] = *(*row.slot).tts_isnull.add(column - 1);
-            }
-            let mut info = pg_sys::IndexInfo {
-                type_: pg_sys::NodeTag::T_IndexInfo,
-                ..pg_sys::IndexInfo::default()
-            };
-            let mode = pg_sys::RowExclusiveLock as pg_sys::LOCKMODE;
-            let index = pg_sys::index_open(entry.index, mode);
-            let is_satisfied = pg_sys::index_insert(
-                index,
-                values.as_mut_ptr(),
-                are_null.as_mut_ptr(),
-                row.place(),
-                self.relation,
-                check,
-                is_unchanged,
-                &mut info,
-            );
-            pg_sys::index_close(index, pg_sys::NoLock as pg_sys::LOCKMODE);
-            // The server's answer says something only where it has checked.
-            check != pg_sys::IndexUniqueCheck::UNIQUE_CHECK_PARTIAL || is_satisfied
-        }
+        target.done();
+        Ok(is_written)
     }
 
-    /// Those of the indexes that only the executor knows how to write.
-    ///
     /// # Safety
-    /// `row` must just have been written.
-    unsafe fn insert_other_index_entries(
+    /// `slot` must have the row.
+    unsafe fn insert_row(
         &self,
-        row: &TableRow,
-        is_update: bool,
-        _only_summarizing: bool,
-    ) {
-        // SAFETY: the server reads no more of the description than its table and its indexes; that is
-        // zeroed memory with a node's tag, like one that it makes itself. What is made here is freed
-        // with the executor's state, at the latest when the transaction ends.
+        target: &mut Target,
+        slot: *mut pg_sys::TupleTableSlot,
+        unique: Option<pg_sys::Oid>,
+        fires: Fires,
+    ) -> Result<bool> {
+        const COMMAND: pg_sys::CmdType::Type = pg_sys::CmdType::CMD_INSERT;
+        let (state, relation) = (target.state, target.relation);
+        // SAFETY: as promised; the target is the table's, for this very insert.
         unsafe {
-            let state = pg_sys::CreateExecutorState();
-            PgMemoryContexts::For((*state).es_query_cxt).switch_to(|_| {
-                let target = pg_sys::palloc0(size_of::<pg_sys::ResultRelInfo>())
-                    .cast::<pg_sys::ResultRelInfo>();
-                (*target).type_ = pg_sys::NodeTag::T_ResultRelInfo;
-                (*target).ri_RelationDesc = self.relation;
-                pg_sys::ExecOpenIndices(target, false);
-                self.leave_out_known(&mut *target);
-                pg_sys::ExecInsertIndexTuples(
-                    target,
-                    row.slot,
-                    state,
-                    is_update,
-                    false,
-                    std::ptr::null_mut(),
-                    std::ptr::null_mut(),
-                    #[cfg(not(any(feature = "pg14", feature = "pg15")))]
-                    _only_summarizing,
-                );
-                pg_sys::ExecCloseIndices(target);
-            });
-            pg_sys::FreeExecutorState(state);
-        }
-    }
-
-    /// Closes the indexes that have had their entries.
-    ///
-    /// # Safety
-    /// The table's indexes must be open in `target`.
-    unsafe fn leave_out_known(&self, target: &mut pg_sys::ResultRelInfo) {
-        let mut kept = 0;
-        for at in 0..target.ri_NumIndices as usize {
-            // SAFETY: as promised; both lists have that many elements.
-            unsafe {
-                let index = *target.ri_IndexRelationDescs.add(at);
-                if self.known.entries.iter().any(|entry| entry.index == (*index).rd_id) {
-                    pg_sys::index_close(index, pg_sys::RowExclusiveLock as pg_sys::LOCKMODE);
-                    continue;
+            if fires.before {
+                pg_sys::ExecBSInsertTriggers(state, relation);
+                if !pg_sys::ExecBRInsertTriggers(state, relation, slot) {
+                    return Err(ClaimError::WriteRefused { table: self.name() });
                 }
-                *target.ri_IndexRelationDescs.add(kept) = index;
-                *target.ri_IndexRelationInfo.add(kept) = *target.ri_IndexRelationInfo.add(at);
             }
-            kept += 1;
+            target.check(slot, COMMAND);
+            target.open_indexes();
+            if let Some(unique) = unique {
+                let mut rival = pg_sys::ItemPointerData::default();
+                if !executor::has_no_rival(state, relation, slot, unique, &mut rival) {
+                    // One that the snapshot does not show would be told as if it were not there.
+                    if time::has_transaction_snapshot()
+                        && self.at(&Snapshot::take(), rival).is_none()
+                    {
+                        return Err(ClaimError::Serialization);
+                    }
+                    return Ok(false);
+                }
+            }
+            let (cid, bulk) = ((*state).es_output_cid, std::ptr::null_mut());
+            pg_sys::table_tuple_insert(self.relation, slot, cid, 0, bulk);
+            let recheck = executor::insert_index_entries(state, relation, slot, false, false);
+            if fires.after {
+                let transition = target.transition(COMMAND);
+                pg_sys::ExecARInsertTriggers(state, relation, slot, recheck, transition);
+                pg_sys::ExecASInsertTriggers(state, relation, transition);
+            }
         }
-        target.ri_NumIndices = kept as i32;
+        Ok(true)
     }
-}
-
-impl Entry {
-    /// Whether the index has this row.
-    fn has(&self, row: &TableRow) -> bool {
-        match self.rows {
-            Rows::All => true,
-            Rows::Holding => !row.is_null(sessions::SD_ID) && row.says(sessions::STATUS, "active"),
-            Rows::Open => row.is_null(claims::RELEASED_AT),
-        }
-    }
-
-    /// Whether the index has this row's old version as well, with the same key.
-    fn keeps_key(&self, old: &TableRow, row: &TableRow) -> bool {
-        // No update here changes the primary key.
-        self.is_primary
-            || (self.is_on_texts
-                && self.has(old)
-                && self.columns.iter().all(|column| row.is_same(old, *column)))
-    }
-}
-
-/// What is done about keys that another row has already.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Uniqueness {
-    /// It is an error; whoever is just writing such a row is waited for.
-    Required,
-    /// Of an SD's one claim and its one open acquisition it is told, as far as that can be known without
-    /// waiting.
-    Told,
-}
-
-/// What came of an update.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Update {
-    /// The row is as it was to be.
-    Done,
-    /// Another transaction has changed it; nothing was written.
-    Outdated,
-    /// It is as it was to be, but must not stay so: another row has its key, or may come to have it.
-    Contested,
-}
-
-/// What of the indexes an update has to write.
-#[cfg(any(feature = "pg14", feature = "pg15"))]
-type Indexes = bool;
-#[cfg(not(any(feature = "pg14", feature = "pg15")))]
-type Indexes = pg_sys::TU_UpdateIndexes::Type;
-
-/// Whether it is only those that summarize; `None` where it is none at all.
-#[cfg(any(feature = "pg14", feature = "pg15"))]
-fn only_summarizing(indexes: Indexes) -> Option<bool> {
-    indexes.then_some(false)
-}
-#[cfg(not(any(feature = "pg14", feature = "pg15")))]
-fn only_summarizing(indexes: Indexes) -> Option<bool> {
-    use pg_sys::TU_UpdateIndexes::{TU_None, TU_Summarizing};
-    (indexes != TU_None).then_some(indexes == TU_Summarizing)
 }

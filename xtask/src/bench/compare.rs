@@ -13,8 +13,7 @@ use super::{
     ASYNCHRONOUS, BEATING, Bench, CLIENTS, DURABLE, connect, filled, load, scripts, vacuum,
 };
 
-/// A claim and a release, with the extension and in the tables that it is compared with.
-const CYCLES: Work = Work::Cycles("sd_claims");
+/// A claim and a release in the tables that the extension is compared with.
 const BARE_CYCLES: Work = Work::Cycles("floor.sd_claims");
 const PEER_CYCLES: Work = Work::Cycles("peer.sd_claims");
 const REFUSALS: Work = Work::Refusals("sd_claims");
@@ -95,17 +94,10 @@ impl Bench {
     pub(super) fn cycles(&mut self) -> Result<()> {
         let sessions = self.sizes.sessions;
         let database = filled(&self.server, "cycle", sessions, 0)?;
-        let side = |script, work| Side {
-            server: &self.server,
-            database,
-            script,
-            work,
-            clients: CLIENTS,
-            options: ASYNCHRONOUS,
-        };
+        let side = |script, work| Side::asynchronous(&self.server, database, script, work);
         let peer_cycle = |claim| scripts::peer_cycle(claim, sessions, CLIENTS);
         let rates = self.plan.in_vacuumed_turns(&[
-            side(scripts::cycle(sessions, CLIENTS), CYCLES),
+            Side::cycle(&self.server, database, sessions),
             side(scripts::floor_cycle(sessions, CLIENTS), BARE_CYCLES),
             side(peer_cycle("claim_sd_with_all_checks"), PEER_CYCLES),
             side(peer_cycle("claim_sd"), PEER_CYCLES),
@@ -158,25 +150,22 @@ impl Bench {
         let (few, many) = (self.sizes.few, self.sizes.many);
         let small = filled(&self.server, "few", few, few / 2)?;
         let big = filled(&self.server, "many", many, many / 2)?;
-        let side = |database, script, work, options| Side {
+        // Of the half that nobody holds.
+        let cycle = |database, count: usize| Side::cycle(&self.server, database, count - count / 2);
+        let cycles = self.plan.in_vacuumed_turns(&[cycle(big, many), cycle(small, few)])?;
+        // Of the other one.
+        let side = |database, script, work| Side {
             server: &self.server,
             database,
             script,
             work,
             clients: CLIENTS,
-            options,
+            options: DURABLE,
         };
-        // Of the half that nobody holds.
-        let cycle = |database, count: usize| {
-            side(database, scripts::cycle(count - count / 2, CLIENTS), CYCLES, ASYNCHRONOUS)
-        };
-        let cycles = self.plan.in_vacuumed_turns(&[cycle(big, many), cycle(small, few)])?;
-        // Of the other one.
-        let refusal = |database, count: usize| {
-            side(database, scripts::refusal(count, count / 2), REFUSALS, DURABLE)
-        };
+        let refusal =
+            |database, count: usize| side(database, scripts::refusal(count, count / 2), REFUSALS);
         let select = |database, count: usize| {
-            side(database, scripts::floor_select(count, count / 2), Work::Other, DURABLE)
+            side(database, scripts::floor_select(count, count / 2), Work::Other)
         };
         let refusals = self.plan.in_vacuumed_turns(&[
             refusal(big, many),
@@ -296,16 +285,9 @@ impl Bench {
     pub(super) fn queue(&mut self) -> Result<()> {
         let many = self.sizes.many;
         let database = filled(&self.server, "queue", many, 0)?;
-        let side = |script, work| Side {
-            server: &self.server,
-            database,
-            script,
-            work,
-            clients: CLIENTS,
-            options: ASYNCHRONOUS,
-        };
+        let side = |script, work| Side::asynchronous(&self.server, database, script, work);
         let rates = self.plan.in_vacuumed_turns(&[
-            side(scripts::next(many, CLIENTS), CYCLES),
+            side(scripts::next(many, CLIENTS), Work::CYCLES),
             side(scripts::floor_next(many, CLIENTS), BARE_CYCLES),
         ])?;
         let what = format!("claim_next_sd and release with {many} SDs");
@@ -331,7 +313,7 @@ impl Bench {
         let bare_beat = scripts::floor_heartbeat(sessions);
         let none = Goal::None;
         let cases = [
-            ("claims", with_board, "held", cycle, CYCLES, goal),
+            ("claims", with_board, "held", cycle, Work::CYCLES, goal),
             ("the bare writes", with_board, "held_bare", bare_cycle, BARE_CYCLES, none),
             ("heartbeats on the board", with_board, "held_board", beat.clone(), Work::Other, goal),
             ("heartbeats on the table", without, "held", beat, Work::Other, goal),
@@ -344,8 +326,7 @@ impl Bench {
             // The first heartbeats, which seek a place on the board, are none of those before.
             load::beat_all(&mut client)?;
             vacuum(&mut client)?;
-            let side =
-                Side { server, database, script, work, clients: CLIENTS, options: ASYNCHRONOUS };
+            let side = Side::asynchronous(server, database, script, work);
             let before = self.plan.in_turns(std::slice::from_ref(&side))?;
             let mut holder = connect(server, database)?;
             holder.batch_execute(
@@ -383,14 +364,7 @@ impl Bench {
         let sessions = self.sizes.sessions;
         let database = filled(&self.server, "notify", sessions, 0)?;
         let listening = Listening::begin(&self.server, database, self.sizes.listeners)?;
-        let side = Side {
-            server: &self.server,
-            database,
-            script: scripts::cycle(sessions, CLIENTS),
-            work: CYCLES,
-            clients: CLIENTS,
-            options: ASYNCHRONOUS,
-        };
+        let side = Side::cycle(&self.server, database, sessions);
         let mut admin = connect(&self.server, database)?;
         let mut events = || -> Result<u64> {
             let count = "SELECT count(*) FROM session_lifecycle_events";

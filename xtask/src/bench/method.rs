@@ -8,7 +8,7 @@ pub fn text(sizes: &Sizes, plan: &pgbench::Plan, server: &str, extension: &str) 
         "- Machine: {machine}.
 - Server: {server}, pg_claims {extension}. Settings: {settings}.
 - The server without a board, for the heartbeats on the table (2 and 9), has the same and {without_board}.
-- Databases in which nobody holds an SD at the beginning (1 to 3, 8 to 11) have the default lease of 5
+- Databases in which nobody holds an SD at the beginning (1 to 3, 8 to 13) have the default lease of 5
   minutes, so that the board is written to the table as in production. Where sessions hold SDs
   and do not go on beating (4 to 7), `pg_claims.stale_after` is one day.
 - Each comparison has databases of its own, and drops them; each is vacuumed once it is filled.
@@ -16,9 +16,9 @@ pub fn text(sizes: &Sizes, plan: &pgbench::Plan, server: &str, extension: &str) 
   held, and refusals are for any of these; in 7 all are.
 - Claims: {CLIENTS} clients, asynchronous commit; heartbeats: {BEATING} clients, in 9 also {CLIENTS} and
   asynchronous; refusals: as many as heartbeats in 4 and as claims in 5; pgbench with prepared statements.
-- 1 to 5, 8 and 11 (rates): the sides run in turns of {seconds} s, {rounds} each, the other way round in
+- 1 to 5, 8 and 11 to 13 (rates): the sides run in turns of {seconds} s, {rounds} each, the other way round in
   every second round. The numbers are medians; a ratio is the median of the ratios of the two
-  turns of one round, and their range is told as well. 3, 5 and 8 vacuum before each turn. In 5 the
+  turns of one round, and their range is told as well. 3, 5, 8, 12 and 13 vacuum before each turn. In 5 the
   worker looks through all held SDs every 10 s, during the turns of both sides.
 - After each turn the acquisitions are counted, here and in the tables that are compared with: each
   transaction of claim and release has made one and ended it, each refusal has made none, or the run fails.
@@ -38,6 +38,11 @@ pub fn text(sizes: &Sizes, plan: &pgbench::Plan, server: &str, extension: &str) 
   many bytes costs by itself is measured without announcements, with a client that sends as many by bare
   NOTIFY as were heard a second in the last turn with announcements, in messages of 7900 bytes at most, every
   300 ms (the pace of the worker under load).
+- 12 and 13: two databases of one server that are filled alike; one of them is left as it is.
+- 12: in the other one a user's table of the same columns is the backlog. It has the same SDs and as much room
+  on its pages, and binding has made the same indexes.
+- 13: in the other one each of the four tables that a claim and a release write has a user's trigger. It runs
+  a PL/pgSQL function after each row, which does nothing.
 - The bare writes are the rows that a claim and a release write, as two statements with data-modifying
   CTEs on tables of the same columns and indexes, without any check. Their backlog has one index
   more, by which SKIP LOCKED finds the first SD. The PL/pgSQL is in `xtask/src/bench/floor.sql`:

@@ -13,6 +13,7 @@ mod pgbench;
 mod plan;
 mod report;
 mod scripts;
+mod users;
 mod work;
 
 use std::fs;
@@ -159,7 +160,7 @@ pub fn run(layout: &Layout, choice: &Choice, options: &Options) -> Result<()> {
         findings: Vec::new(),
     };
     let begin = Instant::now();
-    let comparisons: [(u8, Comparison); 11] = [
+    let comparisons: [(u8, Comparison); 13] = [
         (1, Bench::heartbeats_on_the_board),
         (2, Bench::heartbeats_on_the_table),
         (3, Bench::cycles),
@@ -171,6 +172,8 @@ pub fn run(layout: &Layout, choice: &Choice, options: &Options) -> Result<()> {
         (9, Bench::held_snapshot),
         (10, Bench::fleet),
         (11, Bench::listeners),
+        (12, Bench::bound_backlog),
+        (13, Bench::triggers),
     ];
     for (number, compare) in comparisons {
         if options.only.is_empty() || options.only.contains(&number) {

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use pg_claims_tests::Server;
 
-use super::connect;
 use super::report::Measured;
 use super::work::Work;
+use super::{ASYNCHRONOUS, CLIENTS, connect, scripts};
 
 /// One side of a comparison.
 pub struct Side<'a> {
@@ -26,7 +26,17 @@ pub struct Side<'a> {
     pub options: &'a str,
 }
 
-impl Side<'_> {
+impl<'a> Side<'a> {
+    /// One with the clients of a comparison of claims, who do not wait for the disk.
+    pub fn asynchronous(server: &'a Server, database: &'a str, script: String, work: Work) -> Self {
+        Self { server, database, script, work, clients: CLIENTS, options: ASYNCHRONOUS }
+    }
+
+    /// Claims and releases with the extension, of the first so many SDs and sessions.
+    pub fn cycle(server: &'a Server, database: &'a str, count: usize) -> Self {
+        Self::asynchronous(server, database, scripts::cycle(count, CLIENTS), Work::CYCLES)
+    }
+
     /// Runs for so long; transactions a second. Fails if they did not do their work.
     pub fn run(&self, folder: &Path, seconds: u64) -> Result<f64> {
         let mut client = connect(self.server, self.database)?;

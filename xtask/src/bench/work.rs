@@ -15,6 +15,9 @@ pub enum Work {
 }
 
 impl Work {
+    /// A claim and a release with the extension.
+    pub const CYCLES: Self = Self::Cycles("sd_claims");
+
     fn table(self) -> Option<&'static str> {
         match self {
             Self::Other => None,

@@ -1,0 +1,245 @@
+//! What a user adds to the extension's tables works for what the extension writes there.
+
+use pg_claims_tests::{message, sqlstate};
+use postgres::Client;
+
+use crate::queue::texts;
+use crate::support::*;
+
+fn add(c: &mut Client, sql: &str) {
+    c.batch_execute(sql).unwrap();
+}
+
+#[test]
+fn a_generated_column_is_computed_for_each_write() {
+    let (_db, mut c) = coordinated();
+    granted(&mut c, "SD-1", "s1");
+    add(
+        &mut c,
+        "ALTER TABLE claude_sessions ADD COLUMN holds text GENERATED ALWAYS AS (upper(sd_id)) STORED;
+         ALTER TABLE sd_claims ADD COLUMN is_over boolean GENERATED ALWAYS AS (released_at IS NOT NULL) STORED;
+         ALTER TABLE strategic_directives_v2
+             ADD COLUMN worker text GENERATED ALWAYS AS (coalesce(active_session_id, 'nobody')) STORED",
+    );
+    let told = |c: &mut Client| {
+        [
+            "SELECT holds FROM claude_sessions WHERE session_id = 's1'",
+            "SELECT string_agg(is_over::text, ' ' ORDER BY claim_id) FROM sd_claims",
+            "SELECT worker FROM strategic_directives_v2 WHERE sd_id = 'SD-1'",
+        ]
+        .map(|question| value(c, question))
+    };
+    assert_eq!(told(&mut c), [Some("SD-1".into()), Some("false".into()), Some("s1".into())]);
+    release(&mut c, "s1");
+    assert_eq!(told(&mut c), [None, Some("true".into()), Some("nobody".into())]);
+    granted(&mut c, "SD-1", "s1");
+    assert_eq!(told(&mut c), [Some("SD-1".into()), Some("true false".into()), Some("s1".into())]);
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn a_statement_trigger_sees_the_rows_in_its_transition_tables() {
+    let (_db, mut c) = coordinated();
+    add(
+        &mut c,
+        "CREATE TABLE seen (n serial, what text);
+         CREATE FUNCTION see_update() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+             INSERT INTO public.seen (what) SELECT TG_OP || ' ' || coalesce(o.sd_id, '-') || ' ' || coalesce(n.sd_id, '-')
+                                   FROM o JOIN n USING (session_id);
+             RETURN NULL; END $$;
+         CREATE FUNCTION see_insert() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+             INSERT INTO public.seen (what) SELECT TG_OP || ' ' || n.sd_id FROM n; RETURN NULL; END $$;
+         CREATE TRIGGER see AFTER UPDATE ON claude_sessions REFERENCING OLD TABLE AS o NEW TABLE AS n
+             FOR EACH STATEMENT EXECUTE FUNCTION see_update();
+         CREATE TRIGGER see AFTER INSERT ON sd_claims REFERENCING NEW TABLE AS n
+             FOR EACH STATEMENT EXECUTE FUNCTION see_insert()",
+    );
+    granted(&mut c, "SD-1", "s1");
+    release(&mut c, "s1");
+    let seen = texts(&mut c, "SELECT what FROM seen ORDER BY n");
+    assert_eq!(seen, ["INSERT SD-1", "UPDATE - SD-1", "UPDATE SD-1 -"]);
+}
+
+#[test]
+fn columns_that_must_have_a_value_get_their_default() {
+    let (_db, mut c) = coordinated();
+    granted(&mut c, "SD-1", "s1");
+    for table in ["sd_claims", "session_lifecycle_events"] {
+        add(
+            &mut c,
+            &format!(
+                "ALTER TABLE {table} ADD COLUMN cost integer NOT NULL DEFAULT 7,
+                 ADD COLUMN number bigint GENERATED ALWAYS AS IDENTITY, ADD COLUMN at timestamptz NOT NULL DEFAULT clock_timestamp()"
+            ),
+        );
+    }
+    release(&mut c, "s1");
+    granted(&mut c, "SD-2", "s1");
+    granted(&mut c, "SD-3", "s2");
+    for table in ["sd_claims", "session_lifecycle_events"] {
+        let whole = format!(
+            "SELECT count(*) FROM {table} WHERE cost = 7 AND number > 0 AND at IS NOT NULL"
+        );
+        let all = count(&mut c, &format!("SELECT count(*) FROM {table}"));
+        assert_eq!(count(&mut c, &whole), all, "{table}");
+        assert_eq!(
+            count(&mut c, &format!("SELECT count(DISTINCT number) FROM {table}")),
+            all,
+            "{table}"
+        );
+    }
+}
+
+#[test]
+fn a_trigger_that_suppresses_a_write_is_an_error_that_undoes_the_call() {
+    for (table, when) in [
+        ("claude_sessions", "UPDATE"),
+        ("sd_claims", "INSERT"),
+        ("session_lifecycle_events", "INSERT"),
+    ] {
+        let (_db, mut c) = coordinated();
+        add(
+            &mut c,
+            &format!(
+                "CREATE FUNCTION swallow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;
+                 CREATE TRIGGER swallow BEFORE {when} ON {table} FOR EACH ROW EXECUTE FUNCTION swallow()"
+            ),
+        );
+        let error = c.query("SELECT claim_sd('SD-1', 's1')", &[]).unwrap_err();
+        assert_eq!(sqlstate(&error), "09000", "{table}");
+        assert_eq!(message(&error), format!("a row of \"{table}\" could not be written"));
+        assert_in_step(&mut c);
+        add(&mut c, &format!("DROP TRIGGER swallow ON {table}"));
+        granted(&mut c, "SD-1", "s1");
+    }
+}
+
+#[test]
+fn a_trigger_that_writes_the_very_row_is_told_so() {
+    let (_db, mut c) = coordinated();
+    add(
+        &mut c,
+        "CREATE FUNCTION meddle() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+             UPDATE public.claude_sessions SET metadata = '{\"seen\": true}' WHERE session_id = NEW.session_id
+                AND NOT metadata ? 'seen';
+             RETURN NEW; END $$;
+         CREATE TRIGGER meddle BEFORE UPDATE OF sd_id ON claude_sessions FOR EACH ROW EXECUTE FUNCTION meddle()",
+    );
+    let error = c.query("SELECT claim_sd('SD-1', 's1')", &[]).unwrap_err();
+    assert_eq!(sqlstate(&error), "27000");
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn a_trigger_that_the_extension_sets_off_is_not_taken_for_the_extension() {
+    let (_db, mut c) = coordinated();
+    granted(&mut c, "SD-1", "s1");
+    add(
+        &mut c,
+        "CREATE FUNCTION forge() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+             UPDATE public.sd_claims SET released_at = now(), release_reason = 'forged'
+              WHERE sd_id = 'SD-1' AND released_at IS NULL;
+             RETURN NULL; END $$;
+         CREATE TRIGGER forge AFTER UPDATE OF sd_id ON claude_sessions FOR EACH ROW EXECUTE FUNCTION forge()",
+    );
+    let error = c.query("SELECT claim_sd('SD-2', 's2')", &[]).unwrap_err();
+    assert_eq!(sqlstate(&error), "55000");
+    assert!(message(&error).contains("open claims are written through claude_sessions"));
+    assert_in_step(&mut c);
+}
+
+#[test]
+fn a_function_that_is_replaced_is_the_one_that_runs() {
+    let (db, mut c) = coordinated();
+    let mut other = db.connect();
+    let define = |limit: usize| {
+        format!(
+            "CREATE OR REPLACE FUNCTION is_short(t text) RETURNS boolean IMMUTABLE LANGUAGE sql
+                 AS 'SELECT t IS NULL OR pg_catalog.length(t) < {limit}'"
+        )
+    };
+    add(&mut other, &define(10));
+    add(
+        &mut other,
+        "ALTER TABLE claude_sessions ADD CONSTRAINT short_track CHECK (public.is_short(track));
+         CREATE TABLE seen (what text);
+         CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS
+             $$ BEGIN INSERT INTO public.seen VALUES ('one'); RETURN NULL; END $$;
+         CREATE TRIGGER see AFTER INSERT ON sd_claims FOR EACH ROW EXECUTE FUNCTION see()",
+    );
+    c.batch_execute("SELECT claim_sd('SD-1', 's1', 'track')").unwrap();
+    release(&mut c, "s1");
+    add(&mut other, &define(3));
+    add(
+        &mut other,
+        "CREATE OR REPLACE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS
+             $$ BEGIN INSERT INTO public.seen VALUES ('two'); RETURN NULL; END $$",
+    );
+    let error = c.query("SELECT claim_sd('SD-1', 's1', 'track')", &[]).unwrap_err();
+    assert_eq!(sqlstate(&error), "23514");
+    c.batch_execute("SELECT claim_sd('SD-1', 's1', 'ab')").unwrap();
+    assert_eq!(texts(&mut c, "SELECT what FROM seen ORDER BY what"), ["one", "two"]);
+}
+
+#[test]
+fn a_trigger_may_write_the_table_whose_write_has_set_it_off() {
+    let (_db, mut c) = coordinated();
+    add(
+        &mut c,
+        "CREATE FUNCTION chain() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+             IF NEW.sd_id = 'SD-1' THEN PERFORM public.claim_sd('SD-2', 's2'); END IF;
+             RETURN NULL; END $$;
+         CREATE TRIGGER chain AFTER UPDATE OF sd_id ON claude_sessions FOR EACH ROW EXECUTE FUNCTION chain()",
+    );
+    for _ in 0..3 {
+        granted(&mut c, "SD-1", "s1");
+        let holders = "SELECT string_agg(session_id || ' ' || sd_id, ', ' ORDER BY session_id)
+                         FROM claude_sessions WHERE sd_id IS NOT NULL";
+        assert_eq!(value(&mut c, holders).as_deref(), Some("s1 SD-1, s2 SD-2"));
+        assert_in_step(&mut c);
+        release(&mut c, "s1");
+        release(&mut c, "s2");
+    }
+}
+
+#[test]
+fn a_deferred_trigger_is_fired_when_the_transaction_commits() {
+    let (_db, mut c) = coordinated();
+    add(
+        &mut c,
+        "CREATE FUNCTION veto() RETURNS trigger LANGUAGE plpgsql AS
+             $$ BEGIN RAISE EXCEPTION 'not at last' USING ERRCODE = 'P0007'; END $$;
+         CREATE CONSTRAINT TRIGGER veto AFTER UPDATE OF sd_id ON claude_sessions DEFERRABLE INITIALLY DEFERRED
+             FOR EACH ROW WHEN (NEW.sd_id = 'SD-1') EXECUTE FUNCTION veto()",
+    );
+    c.batch_execute("BEGIN; SELECT claim_sd('SD-1', 's1'); SELECT claim_sd('SD-2', 's2')").unwrap();
+    let error = c.batch_execute("COMMIT").unwrap_err();
+    assert_eq!(sqlstate(&error), "P0007");
+    assert_in_step(&mut c);
+    granted(&mut c, "SD-2", "s2");
+}
+
+#[test]
+fn policies_that_apply_to_the_extension_s_owner_are_refused() {
+    let (db, mut c) = coordinated();
+    granted(&mut c, "SD-1", "s1");
+    add(&mut c, "ALTER TABLE sd_claims ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY");
+    // A superuser's writes go by no policy.
+    release(&mut c, "s1");
+    granted(&mut c, "SD-1", "s1");
+    let owner = db.role("owner");
+    // As if that role owned the extension, as far as a release is concerned.
+    let own = "SELECT 'ALTER TABLE ' || c.oid::regclass || ' OWNER TO ' || $1
+                 FROM pg_depend d JOIN pg_extension e ON e.oid = d.refobjid AND e.extname = 'pg_claims'
+                 JOIN pg_class c ON d.classid = 'pg_class'::regclass AND c.oid = d.objid
+                WHERE d.deptype = 'e' AND c.relkind IN ('r', 'v')
+                UNION ALL
+               SELECT 'ALTER FUNCTION ' || oid::regprocedure || ' OWNER TO ' || $1
+                 FROM pg_proc WHERE proname = 'release_sd'";
+    let commands: Vec<String> =
+        c.query(own, &[&owner]).unwrap().iter().map(|row| row.get(0)).collect();
+    add(&mut c, &format!("GRANT CREATE, USAGE ON SCHEMA public TO {owner}"));
+    add(&mut c, &commands.join("; "));
+    let error = db.connect().query("SELECT release_sd('s1')", &[]).unwrap_err();
+    assert_eq!(sqlstate(&error), "0A000", "{error:?}");
+}
