@@ -109,7 +109,7 @@ fn forget_uncommitted() {
 }
 
 /// Whether the extension is known to be in use, without looking.
-pub fn is_known_in_use() -> bool {
+fn is_known_in_use() -> bool {
     matches!(KNOWN.get(), Known::Since { .. })
 }
 

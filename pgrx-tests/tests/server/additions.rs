@@ -1,4 +1,4 @@
-//! What a user adds to the extension's tables works for what the extension writes there.
+//! A user adds triggers, constraints or columns to the extension's tables: the extension's own writes obey them.
 
 use pg_claims_tests::{message, sqlstate};
 use postgres::Client;
@@ -128,6 +128,34 @@ fn a_trigger_that_writes_the_very_row_is_told_so() {
     let error = c.query("SELECT claim_sd('SD-1', 's1')", &[]).unwrap_err();
     assert_eq!(sqlstate(&error), "27000");
     assert_in_step(&mut c);
+}
+
+#[test]
+fn a_trigger_cannot_have_the_extension_write_what_no_row_may_say() {
+    let (_db, mut c) = coordinated();
+    granted(&mut c, "SD-1", "s1");
+    // Before the extension's own trigger, by its name.
+    for spoiling in [
+        "status := 'paused'",
+        "stale_after := '-1 hour'",
+        "heartbeat_at := 'infinity'",
+        "silent_until := 'infinity'",
+    ] {
+        add(
+            &mut c,
+            &format!(
+                "CREATE OR REPLACE FUNCTION spoil() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                     NEW.{spoiling}; RETURN NEW; END $$;
+                 CREATE TRIGGER aa_spoil BEFORE UPDATE OF sd_id ON claude_sessions
+                     FOR EACH ROW EXECUTE FUNCTION spoil()"
+            ),
+        );
+        let error = c.query("SELECT release_sd('s1')", &[]).unwrap_err();
+        assert_eq!(sqlstate(&error), "23514", "{spoiling}: {error:?}");
+        assert_in_step(&mut c);
+        add(&mut c, "DROP TRIGGER aa_spoil ON claude_sessions");
+    }
+    release(&mut c, "s1");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! What a user puts on the tables is heeded by what the extension writes there.
+//! Somebody changes the extension's tables while it is in use: its next write goes by the change.
 
 use pg_claims_tests::{json, sqlstate};
 

@@ -75,7 +75,7 @@ release by hand: assert, beat, complete, declare, delete, delete session, depend
 delete session: assert, beat, complete, declare, delete, delete session, depend, end, extend, hold, progress, register, release, release by hand, switch, takeover
 ";
 
-/// What a transaction may begin with before it goes on, and what others come with meanwhile.
+/// A transaction first runs one of `FIRST`. Then another connection runs one of `BESIDE`, and the transaction goes on.
 const FIRST: [&str; 8] =
     ["assert", "extend", "register", "hold", "unhold", "declare", "claim", "claim by hand"];
 const BESIDE: [&str; 11] = [
@@ -183,8 +183,8 @@ impl Stage {
     }
 }
 
-/// What a verb may be refused with: that the claim is not held any more, a direct write of what has changed, and
-/// giving way.
+/// Whether the reference names this error for the verb. It does where the session does not hold the claim any more, where a
+/// write by hand comes too late, and where a kept snapshot is too old.
 fn is_documented(outcome: &Result<(), postgres::Error>, level: &str, verb: &str) -> bool {
     let Err(error) = outcome else { return true };
     match sqlstate(error) {
@@ -260,7 +260,7 @@ fn a_transaction_can_go_on_after_others_have_begun_to_wait_for_it() {
                     let what = format!("{table}: {one}, then {step}, beside {other}");
                     for outcome in [&finished, &outcome] {
                         let code = outcome.as_ref().err().map(sqlstate);
-                        // Of two that need what the other one has locked, one gives way.
+                        // Each may need a row that the other one has locked: then one of them gives way, with 40001.
                         let is_fine = code.is_none() || has_waited && code == Some("40001");
                         assert!(
                             is_fine || is_documented(outcome, "READ COMMITTED", other),

@@ -93,7 +93,7 @@ impl Planner {
     }
 }
 
-/// What is done on the claim path, with the number of statements that it runs on the tables.
+/// The calls of the claim path, each with the number of statements that the extension runs on its tables for it.
 const CALLS: [(&str, usize); 14] = [
     ("SELECT claim_sd('SD-2', 'session-1')", 0),
     ("SELECT claim_sd('SD-1', 'session-1')", 0),

@@ -259,7 +259,7 @@ fn pg_upgrade_keeps_claims_and_repeats_no_number() {
     assert!(count(&mut c, &least) > before.1);
     let wrong = "SELECT count(*) FROM coordination_repair(true)";
     assert_eq!(count(&mut c, wrong), 0);
-    // What keeps the backlog's drop from the extension has come along.
+    // The new server, too, refuses to drop the extension together with the backlog.
     let error = c.batch_execute("DROP TABLE theirs CASCADE").unwrap_err();
     assert_eq!(error.code(), Some(&SqlState::DEPENDENT_OBJECTS_STILL_EXIST));
     assert_in_step(&mut c);

@@ -239,7 +239,7 @@ fn read(c: &mut Client) -> Vec<(i64, i64)> {
     .collect()
 }
 
-/// What a restored database must be like, whose source is described by `all`.
+/// Checks that a restored database has all that its source had, which `all` describes, and works.
 pub fn check(server: &Server, database: &str, all: &Value) {
     let mut listener = connect(server, database);
     listener.batch_execute("LISTEN pg_claims").unwrap();
