@@ -15,9 +15,14 @@ use crate::identity;
 /// operator has changed there, and for pruning.
 const IDLE_INTERVAL: Duration = Duration::from_secs(60);
 
-/// How soon, and at most how seldom, to look again whether a database has got the extension that had
-/// not. Normally it tells so itself; this is for what the launcher was not yet there to hear.
-const OTHER_INTERVALS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(3600));
+/// How often a database is visited that had not the extension when a worker was there last. Normally
+/// it tells when it has got it.
+const OTHER_INTERVAL: Duration = Duration::from_secs(3600);
+
+/// How soon a database in which time alone can change nothing is visited again at first. Each further
+/// time is twice as long. A transaction that has begun to commit before the launcher was there to be
+/// told is so noticed after about as long as its commit took.
+const FIRST_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long to wait for a slot of `max_worker_processes` to become free.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -49,8 +54,8 @@ struct Visit {
     put_off_until: Option<Instant>,
     /// How often in a row.
     failures: u32,
-    /// How long to leave a database alone that has not the extension.
-    other_interval: Duration,
+    /// How long to leave the database alone next, where time alone can change nothing.
+    rest: Duration,
     worker: Option<Child>,
 }
 
@@ -62,7 +67,7 @@ impl Visit {
             waiting_since: None,
             put_off_until: None,
             failures: 0,
-            other_interval: OTHER_INTERVALS.0,
+            rest: FIRST_INTERVAL,
             worker: None,
         }
     }
@@ -228,12 +233,14 @@ fn collect(control: &Control, visit: &mut Visit, slot: &Slot, now: Instant) {
     // What it found out about the time of the next visit counts from its beginning.
     let planned = slot.interval().unwrap_or(IDLE_INTERVAL);
     visit.due = visit.due.min(now + planned);
-    if slot.kind() == Kind::Other {
-        visit.due = now + visit.other_interval;
-        visit.other_interval = (visit.other_interval * 2).min(OTHER_INTERVALS.1);
-    } else if slot.interval().is_none() {
-        visit.due = now + IDLE_INTERVAL;
-    }
+    let longest = match (slot.kind(), slot.interval()) {
+        (Kind::Other, _) => OTHER_INTERVAL,
+        (_, None) => IDLE_INTERVAL,
+        (_, Some(_)) => return,
+    };
+    visit.rest = visit.rest.min(longest);
+    visit.due = now + visit.rest;
+    visit.rest *= 2;
 }
 
 /// Makes slots and visits those of the databases that there are.

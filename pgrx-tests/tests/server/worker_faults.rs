@@ -125,6 +125,40 @@ fn what_the_worker_passed_by_is_done_when_it_is_free() {
 }
 
 #[test]
+fn what_is_committed_while_the_launcher_starts_is_done_soon() {
+    // A standby that never comes: a commit that waits for it hangs before anybody can see it.
+    let settings = [
+        "pg_claims.worker = off",
+        "synchronous_standby_names = 'nobody'",
+        "synchronous_commit = local",
+    ];
+    let (server, mut c) = served("untold", &settings);
+    let mut own = connect(&server, "postgres");
+    let pid = backend_pid(&mut own);
+    own.batch_execute("SET synchronous_commit = on; BEGIN; SELECT register_session('s4')").unwrap();
+    thread::scope(|scope| {
+        let commit = scope.spawn(move || own.batch_execute("COMMIT"));
+        wait_until("the commit to hang", || {
+            count(&mut c, "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'") > 0
+        });
+        c.batch_execute("ALTER SYSTEM SET pg_claims.worker = on").unwrap();
+        c.batch_execute("SELECT pg_reload_conf()").unwrap();
+        wait_until("the worker to have been there, and to have left", || {
+            c.batch_execute("SELECT is_sd_claimed('SD-1')").unwrap();
+            count(&mut c, "SELECT count(*) FROM v_worker_health WHERE runs > 0") > 0
+                && worker_pids(&mut c, "pg_claims worker").is_empty()
+        });
+        assert_eq!(count(&mut c, "SELECT count(*) FROM claude_sessions"), 3);
+        // It waits no longer, and is committed.
+        c.execute("SELECT pg_cancel_backend($1)", &[&pid]).unwrap();
+        commit.join().unwrap().unwrap();
+    });
+    let start = Instant::now();
+    wait_until("the events to be placed", || all_placed(&mut c));
+    assert!(start.elapsed() < SOON, "nobody told the worker, and it did not come by itself");
+}
+
+#[test]
 fn a_database_worker_that_is_terminated_leaves_nothing_undone() {
     let (_server, mut c) = served("terminated", &[]);
     wait_until("what was before to be placed", || all_placed(&mut c));
