@@ -12,8 +12,10 @@ use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting, pg_sys};
 use crate::api::shared;
 use crate::error::Result;
 use crate::identity::ActingAs;
+use crate::pg::time;
+use crate::pg::transaction::{self, End};
+use crate::spi::Db;
 use crate::spi::manager::{self, Connection};
-use crate::spi::{Db, time};
 
 const NAME: &CStr = c"pg_claims.heartbeat_active";
 
@@ -45,8 +47,8 @@ pub fn init() {
             Some(assign),
             None,
         );
-        pg_sys::RegisterXactCallback(Some(transaction_ends), std::ptr::null_mut());
     }
+    transaction::at_end(transaction_ends);
 }
 
 /// Refuses the setting to everybody but this file.
@@ -95,12 +97,8 @@ fn set(value: &CStr) {
     IS_CHANGING.set(false);
 }
 
-#[pgrx::pg_guard]
-unsafe extern "C-unwind" fn transaction_ends(
-    event: pg_sys::XactEvent::Type,
-    _argument: *mut c_void,
-) {
-    if event != pg_sys::XactEvent::XACT_EVENT_PRE_COMMIT || !IS_ENDED.get() {
+fn transaction_ends(end: End) {
+    if end != End::PreCommit || !IS_ENDED.get() {
         return;
     }
     // Where nothing can be written, the next transaction does it.

@@ -11,9 +11,9 @@ use chrono::{DateTime, TimeDelta, Utc};
 use pg_claims_core::lease::Rules;
 use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting, PostgresGucEnum};
 
+use crate::pg::time;
 use crate::service;
 use crate::spi::installation::{self, InUse};
-use crate::spi::time;
 
 const MINUTE: i32 = 60;
 const HOUR: i32 = 60 * MINUTE;

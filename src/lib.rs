@@ -14,6 +14,7 @@ mod guc;
 mod identity;
 mod jsonb;
 mod local_settings;
+mod pg;
 mod service;
 mod spi;
 mod trigger;

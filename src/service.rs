@@ -6,7 +6,7 @@ use std::ffi::CStr;
 use chrono::{DateTime, Utc};
 use pgrx::pg_sys;
 
-use crate::spi::time;
+use crate::pg::time;
 
 thread_local! {
     static SINCE: Cell<Option<DateTime<Utc>>> = const { Cell::new(None) };

@@ -107,7 +107,7 @@ fn release(
     named: Option<i64>,
 ) -> Result<Result<Released, Refusal>> {
     shared::note_acting_for(session_id);
-    let Some(found) = session::find(db, session_id)? else {
+    let Some((found, is_contested)) = session::find_contested(db, session_id)? else {
         return Ok(Err(Refusal::SessionNotFound { session_id: session_id.into() }));
     };
     check_may_act_for(db, &found)?;
@@ -127,8 +127,9 @@ fn release(
         return Ok(Err(Refusal::NoClaim { session_id: session_id.into() }));
     };
     // Before the SD is locked, which they may come to need.
-    guard::await_others(claim_id)?;
-    session::await_writer(db, session_id)?;
+    if guard::await_others(claim_id)? || is_contested {
+        session::await_writer(db, session_id)?;
+    }
     directive::lock(db, vec![sd_id.clone()])?;
     let unasked = identity::caller() != found.owner_role;
     Ok(match session::let_go(db, session_id, claim_id, reason, unasked)? {

@@ -15,9 +15,10 @@ use crate::error::{ClaimError, MAX_REASON_CHARACTERS, Result, checked_id, checke
 use crate::guc;
 use crate::identity;
 use crate::jsonb::Jsonb;
+use crate::pg::time;
 use crate::spi::claim::contradiction;
 use crate::spi::heartbeat::{self, Found};
-use crate::spi::{Db, catalog, claim, session, time};
+use crate::spi::{Db, catalog, claim, session};
 
 /// The most sessions that one call beats for.
 const MOST_SESSIONS: usize = 10_000;
@@ -49,7 +50,6 @@ pub fn beat(db: &Db<'_>, session_id: &str, named: Option<i64>) -> Result<Result<
     if let Some(beat) = heartbeat::beat_on_board(sessions, session_id, caller, named) {
         return Ok(Ok(beat));
     }
-    contradiction::end_finished_of_one(db, session_id)?;
     // One write where all is well; only its failure asks why.
     let mut beaten = heartbeat::beat(db, session_id, caller, named)?;
     if beaten.is_none() {

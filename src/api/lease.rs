@@ -11,7 +11,8 @@ use pgrx::{AnyNumeric, FromDatum};
 use crate::board::Place;
 use crate::error::Result;
 use crate::guc;
-use crate::spi::{guard, time};
+use crate::pg::time;
+use crate::spi::guard;
 
 // Called stable for the reason given at is_claim_live().
 #[pg_extern(stable, parallel_safe)]

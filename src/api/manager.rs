@@ -11,8 +11,9 @@ use super::heartbeat::{beat, checked_session};
 use super::{answer, running, shared};
 use crate::error::{Result, checked_id};
 use crate::jsonb::Jsonb;
+use crate::pg::time;
+use crate::spi::Db;
 use crate::spi::manager::{self, Connection};
-use crate::spi::{Db, time};
 use crate::worker::wake;
 use crate::{beating, guc, service};
 

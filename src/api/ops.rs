@@ -14,9 +14,10 @@ use crate::attempt::each_or_halves;
 use crate::error::{ClaimError, Result};
 use crate::guc;
 use crate::jsonb::Jsonb;
+use crate::pg::time;
 use crate::spi::claim::contradiction::{self, Stranded};
 use crate::spi::claim::reap::{self, Policy};
-use crate::spi::{Db, heartbeat, numbers, order, prune, session, time};
+use crate::spi::{Db, heartbeat, numbers, order, prune, session};
 use crate::worker::wake;
 
 /// How many events a call puts in order and announces.

@@ -13,8 +13,9 @@ use super::{answer, check_may_act_for, reason_or, running, shared};
 use crate::error::{ClaimError, MAX_FACT_CHARACTERS, Result, checked_id, checked_text};
 use crate::identity::Role;
 use crate::jsonb::Jsonb;
+use crate::pg::time;
 use crate::spi::session::{self, Registration, Session};
-use crate::spi::{Db, directive, grant, guard, quota, time};
+use crate::spi::{Db, directive, grant, guard, quota};
 use crate::{guc, identity};
 
 /// The most that a session may tell of itself, in bytes as the server stores them.

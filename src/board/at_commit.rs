@@ -2,12 +2,13 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::ffi::c_void;
 
 use pgrx::pg_sys;
 
 use super::Place;
 use super::memory::Board;
+use crate::pg::backend::savepoint_depth;
+use crate::pg::transaction::{self, End, SavepointEnd};
 
 /// Something to be done once the transaction, or the savepoint at this depth of it, is committed.
 struct Wanted {
@@ -24,18 +25,15 @@ thread_local! {
 
 /// Asks the server to tell how transactions and savepoints end.
 pub fn init() {
-    // SAFETY: runs once per process; the callbacks live as long as the library.
-    unsafe {
-        pg_sys::RegisterXactCallback(Some(transaction_ends), std::ptr::null_mut());
-        pg_sys::RegisterSubXactCallback(Some(savepoint_ends), std::ptr::null_mut());
-    }
+    transaction::at_end(transaction_ends);
+    transaction::at_savepoint_end(savepoint_ends);
 }
 
 /// Does `work`, which must touch nothing but the board, once the transaction has been committed. Not at all
 /// where it, or a savepoint around this, is rolled back; nor where it is prepared, as nobody tells of its end.
 pub fn at_commit(work: impl FnOnce() + 'static) {
     if Board::get().is_some() {
-        let wanted = Wanted { depth: depth(), work: Box::new(work) };
+        let wanted = Wanted { depth: savepoint_depth(), work: Box::new(work) };
         WANTED.with_borrow_mut(|all| all.push(wanted));
     }
 }
@@ -43,7 +41,7 @@ pub fn at_commit(work: impl FnOnce() + 'static) {
 /// Forgets the session, which the board has, once the transaction has been committed or prepared; for this
 /// process, at once. Others go on seeing it, as this may yet be rolled back.
 pub fn forget(table: pg_sys::Oid, session_id: String) {
-    let depth = depth();
+    let depth = savepoint_depth();
     FORGOTTEN.with_borrow_mut(|forgotten| {
         forgotten.entry(table.to_u32()).or_default().entry(session_id).or_insert(depth);
     });
@@ -64,49 +62,28 @@ fn remove_forgotten() {
     }
 }
 
-/// 1 outside of any savepoint.
-fn depth() -> i32 {
-    // SAFETY: reads a variable of this process's.
-    unsafe { pg_sys::GetCurrentTransactionNestLevel() }
-}
-
-#[pgrx::pg_guard]
-unsafe extern "C-unwind" fn transaction_ends(
-    event: pg_sys::XactEvent::Type,
-    _argument: *mut c_void,
-) {
-    use pg_sys::XactEvent::{XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PREPARE};
-    match event {
-        XACT_EVENT_COMMIT => {
+fn transaction_ends(end: End) {
+    match end {
+        End::Commit => {
             remove_forgotten();
             WANTED.take().into_iter().for_each(|wanted| (wanted.work)());
         }
-        XACT_EVENT_PREPARE => {
+        End::Prepare => {
             WANTED.with_borrow_mut(Vec::clear);
             remove_forgotten();
         }
-        XACT_EVENT_ABORT => {
+        End::Abort => {
             WANTED.with_borrow_mut(Vec::clear);
             FORGOTTEN.with_borrow_mut(BTreeMap::clear);
         }
-        _ => {}
+        End::PreCommit => {}
     }
 }
 
-#[pgrx::pg_guard]
-unsafe extern "C-unwind" fn savepoint_ends(
-    event: pg_sys::SubXactEvent::Type,
-    _savepoint: pg_sys::SubTransactionId,
-    _parent: pg_sys::SubTransactionId,
-    _argument: *mut c_void,
-) {
-    use pg_sys::SubXactEvent::{SUBXACT_EVENT_ABORT_SUB, SUBXACT_EVENT_COMMIT_SUB};
-    if event != SUBXACT_EVENT_COMMIT_SUB && event != SUBXACT_EVENT_ABORT_SUB {
-        return;
-    }
-    let depth = depth();
+fn savepoint_ends(end: SavepointEnd) {
+    let depth = savepoint_depth();
     let stays = |said_at: &mut i32| {
-        if event == SUBXACT_EVENT_ABORT_SUB {
+        if end.is_rolled_back {
             return *said_at < depth;
         }
         // From here on it is a matter of what is around the savepoint.

@@ -18,6 +18,7 @@ use std::cell::Cell;
 use pg_claims_core::board::{Entry, Fullness, Held, Key};
 use pgrx::pg_sys;
 
+use crate::pg::{backend, time};
 pub use at_commit::at_commit;
 use memory::Board;
 pub use memory::keep_over_shutdown;
@@ -187,8 +188,7 @@ pub fn unwritten(table: pg_sys::Oid, lag: i64, limit: usize) -> Vec<(String, i64
     let Some(board) = Board::get() else { return Vec::new() };
     let mut found = Vec::new();
     // From another shelf each time: those that cannot be written must not always come first.
-    // SAFETY: reads the clock.
-    let any = unsafe { pg_sys::GetCurrentTimestamp() }.unsigned_abs() as usize;
+    let any = time::now_in_microseconds().unsigned_abs() as usize;
     board.each_shared_from(any, |shelf| {
         for entry in shelf.entries().filter(|entry| is_in(entry, table)) {
             if found.len() == limit {
@@ -264,6 +264,5 @@ fn is_in(entry: &Entry, table: pg_sys::Oid) -> bool {
 }
 
 fn database() -> u32 {
-    // SAFETY: set before any statement runs, and never changes.
-    unsafe { pg_sys::MyDatabaseId }.to_u32()
+    backend::database().to_u32()
 }

@@ -7,11 +7,11 @@ use super::claim::contradiction;
 use super::row::Row;
 use super::statement::{Db, Statement};
 use super::table::{Name, Table, layout};
-use super::time;
 use super::{catalog, directive, foreign};
 use crate::board;
 use crate::error::Result;
 use crate::guc;
+use crate::pg::time;
 
 static DUE: Statement = Statement::new(
     |c| {
@@ -120,7 +120,7 @@ pub fn facts(db: &Db<'_>) -> Result<Facts> {
     let (broken_tables, changed_tables) = tables(db)?;
     let mut facts = Facts {
         at: time::now(),
-        foreign_code: foreign::code(db)?,
+        foreign_code: foreign::code(db)?.of_ordinary_role,
         is_worker_on: guc::worker(),
         reap_interval: guc::reap_interval(),
         due: None,

@@ -8,10 +8,10 @@ use super::numbers::{self, Kind};
 use super::statement::Db;
 use super::table::layout::events as column;
 use super::table::{Name, NewRow, Table};
-use super::time;
 use crate::error::{ClaimError, Result};
 use crate::identity;
 use crate::jsonb::Jsonb;
+use crate::pg::time;
 use crate::worker::wake;
 
 /// What happened to a session.
@@ -68,6 +68,7 @@ pub fn record(db: &Db<'_>, event: Event<'_>) -> Result<()> {
     let actor = CString::new(identity::caller().name())
         .map_err(|_| ClaimError::Corrupt { what: "pg_authid" })?;
     Table::to_write(db, Name::Events)?.insert(
+        db,
         &NewRow::default()
             .set(column::EVENT_ID, numbers::next(db, Kind::Event)?)
             .set(column::EVENT_TYPE, event.event_type.name())

@@ -4,8 +4,11 @@
 //! owner; so do, before PostgreSQL 18, the triggers of a table to which a foreign key passes a write on. So none may be
 //! there that is a role's of less, nor that uses anything of such a role's.
 
+use pgrx::pg_sys;
+
 use super::row::Row;
 use super::statement::Db;
+use super::table::layout;
 use crate::error::{ClaimError, Result};
 use crate::identity::Role;
 
@@ -59,10 +62,81 @@ macro_rules! found {
     };
 }
 
-/// A definition by which code of somebody's who has not the rights of the extension's owner would run when one of the
-/// extension's tables is written, described.
-pub fn code(db: &Db<'_>) -> Result<Option<String>> {
-    first(db, concat!(found!(), " SELECT told FROM found WHERE passes_on ORDER BY 1 LIMIT 1"))
+/// The code that runs when one of the extension's tables is written, and is not the extension's.
+#[derive(Default)]
+pub struct Code {
+    /// A definition by which code of somebody's would run who has not the rights of the extension's owner, described.
+    pub of_ordinary_role: Option<String>,
+    /// The tables whose writes run more than what the installation script has put there: a trigger, a constraint, a generated
+    /// column, an expression of an index, or what those of the script's use by now. And those with row-level security, which
+    /// asks who writes. Of defaults the writer itself knows.
+    pub tables: Vec<pg_sys::Oid>,
+}
+
+/// Looks for it.
+pub fn code(db: &Db<'_>) -> Result<Code> {
+    let mut rows = db.ask(
+        concat!(
+            found!(),
+            ", part (relation, classid, objid, kind, name) AS (
+                 SELECT t.tgrelid, 'pg_catalog.pg_trigger'::pg_catalog.regclass::pg_catalog.oid, t.oid, 'trigger', t.tgname
+                   FROM triggers t
+                  UNION ALL
+                 SELECT o.relation, 'pg_catalog.pg_constraint'::pg_catalog.regclass::pg_catalog.oid, k.oid, 'constraint',
+                        k.conname
+                   FROM own o JOIN pg_catalog.pg_constraint k ON k.conrelid = o.relation AND k.contype = 'c'
+                  UNION ALL
+                 SELECT o.relation, 'pg_catalog.pg_class'::pg_catalog.regclass::pg_catalog.oid, i.indexrelid,
+                        CASE WHEN i.indexprs IS NOT NULL OR i.indpred IS NOT NULL THEN 'index' ELSE 'plain index' END,
+                        c.relname
+                   FROM own o
+                   JOIN pg_catalog.pg_index i ON i.indrelid = o.relation
+                   JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid),
+             member AS (
+                 SELECT d.classid, d.objid FROM pg_catalog.pg_extension e
+                   JOIN pg_catalog.pg_depend d
+                     ON d.refclassid = 'pg_catalog.pg_extension'::pg_catalog.regclass AND d.refobjid = e.oid
+                    AND d.deptype = 'e'
+                  WHERE e.extname = 'pg_claims')
+             SELECT told, NULL::pg_catalog.oid, NULL, NULL, NULL
+               FROM (SELECT told FROM found WHERE passes_on ORDER BY 1 LIMIT 1) f
+              UNION ALL
+             SELECT NULL, p.relation, c.relname::text, p.kind, p.name::text
+               FROM part p JOIN pg_catalog.pg_class c ON c.oid = p.relation
+              UNION ALL
+             SELECT NULL, p.relation, NULL, NULL, NULL FROM part p
+               JOIN pg_catalog.pg_depend d ON d.classid = p.classid AND d.objid = p.objid
+              WHERE d.refclassid IN ('pg_catalog.pg_proc'::pg_catalog.regclass,
+                                     'pg_catalog.pg_operator'::pg_catalog.regclass,
+                                     'pg_catalog.pg_opclass'::pg_catalog.regclass,
+                                     'pg_catalog.pg_opfamily'::pg_catalog.regclass,
+                                     'pg_catalog.pg_type'::pg_catalog.regclass)
+                AND NOT EXISTS (SELECT FROM member m WHERE m.classid = d.refclassid AND m.objid = d.refobjid)
+              UNION ALL
+             SELECT NULL, o.relation, NULL, NULL, NULL FROM own o
+               JOIN pg_catalog.pg_attribute a ON a.attrelid = o.relation AND a.attgenerated <> ''
+              UNION ALL
+             SELECT NULL, o.relation, NULL, NULL, NULL FROM own o
+               JOIN pg_catalog.pg_class c ON c.oid = o.relation AND c.relrowsecurity"
+        ),
+        &[],
+    )?;
+    let mut code = Code::default();
+    while rows.next().is_some() {
+        code.of_ordinary_role = code.of_ordinary_role.or(rows.text(1)?);
+        let Some(table) = rows.get::<pg_sys::Oid>(2)? else { continue };
+        let is_made = match (rows.text(3)?, rows.text(4)?, rows.text(5)?) {
+            (Some(name), Some(kind), Some(part)) => {
+                kind == "plain index" || layout::is_made(&name, &kind, &part)
+            }
+            _ => false,
+        };
+        if !is_made && !code.tables.contains(&table) {
+            code.tables.push(table);
+        }
+    }
+    code.tables.sort_by_key(|table| table.to_u32());
+    Ok(code)
 }
 
 /// Error 42501 where the command that has just been executed has made such a definition, or a foreign key by which others

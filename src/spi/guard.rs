@@ -8,7 +8,6 @@
 //! guard is refused, as an open transaction is a sign of life.
 
 use std::cell::{Cell, RefCell};
-use std::ffi::c_void;
 
 use chrono::{DateTime, Utc};
 use pg_claims_core::lease::Lease;
@@ -23,22 +22,12 @@ use super::wait;
 use crate::error::Result;
 use crate::guc;
 use crate::identity::Role;
-use crate::spi::time;
+use crate::pg::lock::{Class, Mode, Tag, Until};
+use crate::pg::transaction::{self, End, SavepointEnd};
+use crate::pg::{backend, time};
 
-/// Sets these locks apart from those of `pg_advisory_lock`, which use 1 and 2.
-const LOCK_CLASS: u16 = 3;
-
-fn tag_of(claim_id: i64) -> pg_sys::LOCKTAG {
-    // SAFETY: the database's id is set before any statement runs, and never changes.
-    let database = unsafe { pg_sys::MyDatabaseId };
-    pg_sys::LOCKTAG {
-        locktag_field1: database.to_u32(),
-        locktag_field2: (claim_id >> 32) as u32,
-        locktag_field3: claim_id as u32,
-        locktag_field4: LOCK_CLASS,
-        locktag_type: pg_sys::LockTagType::LOCKTAG_ADVISORY as u8,
-        locktag_lockmethodid: pg_sys::USER_LOCKMETHOD as u8,
-    }
+fn tag_of(claim_id: i64) -> Tag {
+    Tag::of(Class::Guard, claim_id.cast_unsigned())
 }
 
 /// Whether a claim is live: its lease has not run out, or an open transaction that guards it is a sign of
@@ -54,17 +43,11 @@ pub fn is_live(lease: &Lease, claim_id: Option<i64>) -> Option<bool> {
 pub fn is_held(claim_id: i64) -> bool {
     let tag = tag_of(claim_id);
     // Conflicts with a guard's mode, but not with another look.
-    let mode = pg_sys::RowExclusiveLock as i32;
-    // SAFETY: not waited for; released at once if it was granted.
-    unsafe {
-        if pg_sys::LockAcquire(&tag, mode, true, true)
-            == pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL
-        {
-            return true;
-        }
-        pg_sys::LockRelease(&tag, mode, true);
+    let is_free = tag.try_acquire(Mode::RowExclusive, Until::Released);
+    if is_free {
+        tag.release(Mode::RowExclusive, Until::Released);
     }
-    false
+    !is_free
 }
 
 /// An acquisition as its guard found it.
@@ -93,10 +76,8 @@ static HOLD: Statement = Statement::new(
 
 /// Locks the acquisition until the transaction ends. `None` when there never was one of that id.
 pub fn hold(db: &Db<'_>, claim_id: i64) -> Result<Option<Acquisition>> {
-    // SAFETY: waits at most for a look of somebody else's; may raise an error, which unwinds as usual.
-    unsafe {
-        pg_sys::LockAcquire(&tag_of(claim_id), pg_sys::ShareLock as i32, false, false);
-    }
+    // Waits at most for a look of somebody else's.
+    tag_of(claim_id).acquire(Mode::Share, Until::TransactionEnds);
     let Some(row) = db.first_row(&HOLD, &[claim_id.into()])? else {
         return Ok(None);
     };
@@ -117,10 +98,7 @@ pub fn await_others(claim_id: i64) -> Result<bool> {
     }
     wait::giving_way(|| {
         while is_held(claim_id) {
-            let mode = pg_sys::RowExclusiveLock as pg_sys::LOCKMODE;
-            // SAFETY: waits for the transactions that hold a guard, but not for this one; may raise an error,
-            // which unwinds as usual.
-            unsafe { pg_sys::WaitForLockers(tag_of(claim_id), mode, false) };
+            tag_of(claim_id).await_holders(Mode::RowExclusive);
         }
         Ok(())
     })?;
@@ -164,19 +142,15 @@ thread_local! {
     static IS_USED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Asks the server to tell how transactions and subtransactions end.
+/// Asks the server to tell how transactions and savepoints end.
 pub(super) fn init() {
-    // SAFETY: runs once per process; the callbacks live as long as the library.
-    unsafe {
-        pg_sys::RegisterXactCallback(Some(transaction_ends), std::ptr::null_mut());
-        pg_sys::RegisterSubXactCallback(Some(subtransaction_ends), std::ptr::null_mut());
-    }
+    transaction::at_end(transaction_ends);
+    transaction::at_savepoint_end(savepoint_ends);
 }
 
 /// Lets this transaction write rows of the SD in guarded tables.
 pub fn remember(sd_id: &str) {
-    // SAFETY: reads a variable of this process's.
-    let within = unsafe { pg_sys::GetCurrentSubTransactionId() };
+    let within = backend::savepoint();
     IS_USED.set(true);
     ASSERTED.with_borrow_mut(|asserted| {
         if !asserted.iter().any(|known| known.sd_id == sd_id) {
@@ -196,33 +170,22 @@ pub fn is_asserted(sd_id: &str) -> bool {
         && ASSERTED.with_borrow(|asserted| asserted.iter().any(|known| known.sd_id == sd_id))
 }
 
-// Neither may fail: a transaction that is ending cannot be rolled back any more.
-unsafe extern "C-unwind" fn transaction_ends(event: pg_sys::XactEvent::Type, _: *mut c_void) {
-    use pg_sys::XactEvent::{XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PREPARE};
-    if IS_USED.get() && [XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PREPARE].contains(&event) {
-        IS_USED.set(false);
+fn transaction_ends(end: End) {
+    if end != End::PreCommit && IS_USED.replace(false) {
         ASSERTED.with_borrow_mut(Vec::clear);
     }
 }
 
-unsafe extern "C-unwind" fn subtransaction_ends(
-    event: pg_sys::SubXactEvent::Type,
-    ended: pg_sys::SubTransactionId,
-    parent: pg_sys::SubTransactionId,
-    _: *mut c_void,
-) {
+fn savepoint_ends(end: SavepointEnd) {
     if !IS_USED.get() {
         return;
     }
-    ASSERTED.with_borrow_mut(|asserted| match event {
-        pg_sys::SubXactEvent::SUBXACT_EVENT_ABORT_SUB => {
-            asserted.retain(|known| known.within != ended);
+    ASSERTED.with_borrow_mut(|asserted| {
+        if end.is_rolled_back {
+            asserted.retain(|known| known.within != end.savepoint);
         }
-        pg_sys::SubXactEvent::SUBXACT_EVENT_COMMIT_SUB => {
-            for known in asserted.iter_mut().filter(|known| known.within == ended) {
-                known.within = parent;
-            }
+        for known in asserted.iter_mut().filter(|known| known.within == end.savepoint) {
+            known.within = end.parent;
         }
-        _ => {}
     });
 }

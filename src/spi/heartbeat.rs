@@ -11,17 +11,19 @@ use pgrx::pg_sys;
 use pgrx::pg_sys::BuiltinOid::{INT8OID, INTERVALOID, OIDOID, TEXTARRAYOID, TEXTOID};
 use pgrx::spi::SpiTupleTable;
 
+use super::catalog;
+use super::claim::contradiction;
 use super::row::Row;
 use super::session::Session;
 use super::statement::{Db, Statement};
 use super::table::layout::sessions as column;
 use super::table::{Key, Name, NewRow, Snapshot, Table};
-use super::time;
 use crate::attempt::each_or_halves;
 use crate::board::{self, Place};
 use crate::error::Result;
 use crate::guc;
 use crate::identity::Role;
+use crate::pg::time;
 
 /// A session's last heartbeat, the later one of board and table, of the row that `prefix` names.
 pub fn latest(schema: &str, prefix: &str) -> String {
@@ -35,7 +37,7 @@ pub fn latest_of(db: &Db<'_>, session: &Session) -> Result<DateTime<Utc>> {
     Ok(on_board.map_or(written, |at| written.max(time::from_microseconds(at))))
 }
 
-/// Records a sign of life: never backwards, on the database's clock. With a claim id only while
+/// Records a sign of life: never backwards, on the database's clock. A claim on an SD that is finished or gone ends first. With a claim id only while
 /// exactly that acquisition is held. `None` when there is no such session of `owner_role`, it has
 /// ended, or it does not hold the claim. The second value is the claim that the session lost.
 pub fn beat(
@@ -45,6 +47,7 @@ pub fn beat(
     named: Option<i64>,
 ) -> Result<Option<(Beat, Option<i64>)>> {
     let undisturbed = Undisturbed::new();
+    let mut has_looked_at_sd = false;
     loop {
         pgrx::check_for_interrupts!();
         let table = Table::to_write(db, Name::Sessions)?;
@@ -60,6 +63,15 @@ pub fn beat(
         {
             return Ok(None);
         }
+        let sd_id = row.text(column::SD_ID)?;
+        if let Some(sd_id) = &sd_id
+            && !has_looked_at_sd
+            && catalog::is_unfinished_as_known(sd_id)? != Some(true)
+        {
+            contradiction::end_finished_of(db, &[session_id.to_owned()])?;
+            has_looked_at_sd = true;
+            continue;
+        }
         let before = row.required_instant(column::HEARTBEAT_AT, "claude_sessions.heartbeat_at")?;
         let heartbeat_at = before.max(time::now());
         let new = NewRow::default().set(column::HEARTBEAT_AT, time::to_server(heartbeat_at)?);
@@ -70,7 +82,7 @@ pub fn beat(
             success: true,
             session_id: session_id.to_owned(),
             heartbeat_at,
-            sd_id: row.text(column::SD_ID)?,
+            sd_id,
             claim_id,
             lost_claim: None,
         };

@@ -6,7 +6,6 @@
 //! a look at a variable.
 
 use std::cell::Cell;
-use std::ffi::c_void;
 
 use chrono::{DateTime, Utc};
 use pgrx::FromDatum;
@@ -17,8 +16,10 @@ use super::extension::{self, Extension};
 use super::numbers;
 use super::row::Row;
 use super::statement::{Db, Statement};
-use super::time;
 use crate::error::Result;
+use crate::pg::lock::{Mode, Tag, Until};
+use crate::pg::transaction::{self, End};
+use crate::pg::{backend, time};
 use crate::service;
 use crate::worker::wake;
 
@@ -70,9 +71,17 @@ pub(super) fn watch() {
     // unloaded, and do nothing but set variables.
     unsafe {
         pg_sys::CacheRegisterRelcacheCallback(Some(relation_changed), pg_sys::Datum::null());
-        pg_sys::RegisterXactCallback(Some(transaction_ends), std::ptr::null_mut());
-        pg_sys::RegisterSubXactCallback(Some(subtransaction_ends), std::ptr::null_mut());
     }
+    transaction::at_end(|end| {
+        if end != End::PreCommit {
+            forget_uncommitted();
+        }
+    });
+    transaction::at_savepoint_end(|end| {
+        if end.is_rolled_back {
+            forget_uncommitted();
+        }
+    });
 }
 
 // Called while the server processes invalidations: must neither allocate nor raise an error.
@@ -81,24 +90,6 @@ extern "C-unwind" fn relation_changed(_: pg_sys::Datum, relation: pg_sys::Oid) {
     if is_concerned || relation == pg_sys::Oid::INVALID {
         KNOWN.set(Known::Nothing);
         PLACE.set(None);
-    }
-}
-
-unsafe extern "C-unwind" fn transaction_ends(event: pg_sys::XactEvent::Type, _: *mut c_void) {
-    use pg_sys::XactEvent::{XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PREPARE};
-    if [XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PREPARE].contains(&event) {
-        forget_uncommitted();
-    }
-}
-
-unsafe extern "C-unwind" fn subtransaction_ends(
-    event: pg_sys::SubXactEvent::Type,
-    _: pg_sys::SubTransactionId,
-    _: pg_sys::SubTransactionId,
-    _: *mut c_void,
-) {
-    if event == pg_sys::SubXactEvent::SUBXACT_EVENT_ABORT_SUB {
-        forget_uncommitted();
     }
 }
 
@@ -117,8 +108,7 @@ fn is_known_in_use() -> bool {
 /// client's. Takes nobody's rights and no statement, so that the views' functions can ask, in a parallel
 /// worker and on a standby as well.
 pub fn in_use() -> InUse {
-    // SAFETY: reads a variable of this backend's.
-    let statement = unsafe { pg_sys::GetCurrentStatementStartTimestamp() };
+    let statement = backend::statement();
     match KNOWN.get() {
         Known::Since { at, .. } => InUse::Since(at),
         Known::NotYet { statement: then } if then == statement => InUse::NotYet,
@@ -149,9 +139,7 @@ fn find() -> Option<Place> {
         return Some(place);
     }
     let Extension { oid: extension, schema, .. } = extension::find()?;
-    // SAFETY: looks the name up in the catalogue; invalid where there is none.
-    let table = unsafe { pg_sys::get_relname_relid(c"installation".as_ptr(), schema) };
-    (table != pg_sys::InvalidOid).then_some(Place { extension, table })
+    backend::relation(c"installation", schema).map(|table| Place { extension, table })
 }
 
 /// The earliest use that is recorded, and whether it is committed; the outer `None` where the table is gone.
@@ -166,7 +154,7 @@ fn first_use(table: pg_sys::Oid) -> Option<Option<(DateTime<Utc>, bool)>> {
             return None;
         }
         let columns = (*relation).rd_att;
-        let snapshot = pg_sys::RegisterSnapshot(if pg_sys::IsInParallelMode() {
+        let snapshot = pg_sys::RegisterSnapshot(if backend::is_parallel() {
             pg_sys::GetActiveSnapshot()
         } else {
             pg_sys::GetLatestSnapshot()
@@ -221,9 +209,8 @@ pub fn note_use(db: &Db<'_>) -> Result<()> {
 
 #[cold]
 fn note_first_use(db: &Db<'_>) -> Result<()> {
-    // SAFETY: both read variables of this backend's.
-    let is_prevented = unsafe { pg_sys::creating_extension || pg_sys::IsInParallelMode() };
-    if is_prevented
+    if backend::is_creating_extension()
+        || backend::is_parallel()
         || wake::is_this_worker()
         || service::is_in_recovery()
         || time::is_read_only()
@@ -252,8 +239,7 @@ pub fn begin_restoring(db: &Db<'_>) -> Result<()> {
     let Some(place) = find().filter(|_| is_in_use) else { return Ok(()) };
     db.run(&FORGET, &[])?;
     KNOWN.set(Known::Nothing);
-    // SAFETY: tells every process once this is committed; the table is there, as its row was written.
-    unsafe { pg_sys::CacheInvalidateRelcacheByRelid(place.table) };
+    backend::invalidate(place.table);
     Ok(())
 }
 
@@ -274,19 +260,8 @@ impl Served {
     /// Keeps everybody from dropping the extension until this transaction ends. Who drops one locks it before any of
     /// its tables, so that nobody waits in a circle. False where somebody has locked it, such as who binds a backlog.
     pub fn keep(&self) -> bool {
-        let tag = pg_sys::LOCKTAG {
-            // SAFETY: set before any transaction and never changes.
-            locktag_field1: unsafe { pg_sys::MyDatabaseId }.to_u32(),
-            locktag_field2: pg_sys::ExtensionRelationId.to_u32(),
-            locktag_field3: self.place.extension.to_u32(),
-            locktag_field4: 0,
-            locktag_type: pg_sys::LockTagType::LOCKTAG_OBJECT as u8,
-            locktag_lockmethodid: pg_sys::DEFAULT_LOCKMETHOD as u8,
-        };
-        // SAFETY: the lock that the server takes of an object, by its own rules; not waited for.
-        let outcome =
-            unsafe { pg_sys::LockAcquire(&tag, pg_sys::AccessShareLock as i32, false, true) };
-        outcome != pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL
+        Tag::of_object(pg_sys::ExtensionRelationId, self.place.extension)
+            .try_acquire(Mode::AccessShare, Until::TransactionEnds)
     }
 
     /// Whether it still does: between any two statements somebody may have dropped the extension, or begun to

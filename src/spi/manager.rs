@@ -12,8 +12,8 @@ use pgrx::spi::SpiTupleTable;
 
 use super::row::Row;
 use super::statement::{Db, Statement, required};
-use super::time;
 use crate::error::Result;
+use crate::pg::time;
 use crate::{guc, service};
 
 /// A connection, by the process that serves it.

@@ -29,10 +29,9 @@ pub mod row;
 pub mod session;
 mod statement;
 pub mod table;
-pub mod time;
 pub mod wait;
 
-pub use statement::Db;
+pub use statement::{Db, Rights};
 
 /// Prepares the process: watches for changes that make kept plans wrong.
 pub fn init() {

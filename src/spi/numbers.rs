@@ -10,9 +10,10 @@ use pgrx::{IntoDatum, pg_sys};
 use super::catalog::Catalog;
 use super::row::Row;
 use super::statement::{Db, Statement};
-use super::time;
 use crate::error::{ClaimError, Result};
 use crate::identity::AsOwner;
+use crate::pg::lock::{Class, Mode, Tag, Until};
+use crate::pg::time;
 use crate::service;
 
 /// What is numbered.
@@ -199,26 +200,12 @@ fn last_value(sequence: pg_sys::Oid) -> Option<i64> {
 }
 
 /// A sequence is being lifted until this is dropped; an error ends it with the transaction or savepoint.
-struct Lifting(pg_sys::LOCKTAG);
+struct Lifting(Tag);
 
 impl Lifting {
-    /// Sets these locks apart from those of `pg_advisory_lock`, which use 1 and 2, and those of guards.
-    const LOCK_CLASS: u16 = 4;
-    const MODE: i32 = pg_sys::ExclusiveLock as i32;
-
     fn of(sequence: pg_sys::Oid) -> Self {
-        // SAFETY: the database's id is set before any statement runs, and never changes.
-        let database = unsafe { pg_sys::MyDatabaseId };
-        let tag = pg_sys::LOCKTAG {
-            locktag_field1: database.to_u32(),
-            locktag_field2: sequence.to_u32(),
-            locktag_field3: 0,
-            locktag_field4: Self::LOCK_CLASS,
-            locktag_type: pg_sys::LockTagType::LOCKTAG_ADVISORY as u8,
-            locktag_lockmethodid: pg_sys::USER_LOCKMETHOD as u8,
-        };
-        // SAFETY: may raise an error, which unwinds as usual.
-        unsafe { pg_sys::LockAcquire(&tag, Self::MODE, false, false) };
+        let tag = Tag::of(Class::Numbers, u64::from(sequence.to_u32()) << 32);
+        tag.acquire(Mode::Exclusive, Until::TransactionEnds);
         Self(tag)
     }
 }
@@ -227,8 +214,7 @@ impl Drop for Lifting {
     fn drop(&mut self) {
         // After an error the abort of the transaction or savepoint does it.
         if !std::thread::panicking() {
-            // SAFETY: acquired by `of`, and released once.
-            unsafe { pg_sys::LockRelease(&self.0, Self::MODE, false) };
+            self.0.release(Mode::Exclusive, Until::TransactionEnds);
         }
     }
 }

@@ -13,6 +13,7 @@ use super::numbers::{self, Kind};
 use super::row::Row;
 use super::statement::{Db, Statement, required};
 use crate::error::Result;
+use crate::pg::lock::{Class, Mode, Tag, Until};
 
 /// What listeners are told of; registering and ending concern the session alone.
 const ANNOUNCED: [EventType; 8] = [
@@ -25,9 +26,6 @@ const ANNOUNCED: [EventType; 8] = [
     EventType::MaxAgeWarning,
     EventType::Repaired,
 ];
-
-/// Sets the lock on making the first frontier apart from those of `pg_advisory_lock` and of guards.
-const LOCK_CLASS: u16 = 4;
 
 /// The channel.
 const CHANNEL: &str = "pg_claims";
@@ -90,21 +88,7 @@ fn peek(db: &Db<'_>) -> Result<Option<Kept>> {
 /// Whether no other transaction is just making the first frontier; none will until this one has ended. Waiting for
 /// one would mean to wait for its end.
 fn may_begin() -> bool {
-    // SAFETY: the database's id is set before any statement runs. The lock is one of this database's that nobody
-    // else takes; it is not waited for.
-    unsafe {
-        let tag = pg_sys::LOCKTAG {
-            locktag_field1: pg_sys::MyDatabaseId.to_u32(),
-            locktag_field2: 0,
-            locktag_field3: 0,
-            locktag_field4: LOCK_CLASS,
-            locktag_type: pg_sys::LockTagType::LOCKTAG_ADVISORY as u8,
-            locktag_lockmethodid: pg_sys::USER_LOCKMETHOD as u8,
-        };
-        let mode = pg_sys::ExclusiveLock as i32;
-        pg_sys::LockAcquire(&tag, mode, false, true)
-            != pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL
-    }
+    Tag::of(Class::Numbers, 0).try_acquire(Mode::Exclusive, Until::TransactionEnds)
 }
 
 /// The same, locked. `None` while somebody else has it.

@@ -8,9 +8,9 @@ use super::heartbeat;
 use super::row::Row;
 use super::session;
 use super::statement::{Db, Statement, required};
-use super::time;
 use crate::board::Place;
 use crate::error::Result;
+use crate::pg::time;
 
 /// The reason recorded for a session that was ended because nothing was heard of it.
 const SILENT: &str = "silent";

@@ -5,9 +5,9 @@ use pgrx::datum::{Interval, TimestampWithTimeZone};
 use pgrx::spi::SpiTupleTable;
 
 use super::statement::required;
-use super::time;
 use crate::error::Result;
 use crate::identity::Role;
+use crate::pg::time;
 
 /// Typed access to the current row of a result. Positions count from 1.
 pub trait Row {

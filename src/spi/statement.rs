@@ -17,6 +17,7 @@ use crate::error::{ClaimError, Result};
 use crate::error_context::KeepsContext;
 use crate::identity::{ActingAs, Role};
 use crate::local_settings::LocalSettings;
+use crate::pg::backend;
 use crate::service;
 use crate::worker::wake;
 
@@ -91,12 +92,19 @@ pub struct Db<'conn> {
     rights: Rights,
 }
 
-/// Where the rights come from that statements need.
-enum Rights {
+/// Where the rights come from that statements need, and writes of tables on which others have code.
+pub enum Rights {
     /// From whoever connects: a trigger that has taken them, or the worker.
     Given,
-    /// From the owner of this function, from the first statement or write on.
+    /// From the owner of this function, from the first moment on at which they are needed.
     OfOwner { function: pg_sys::Oid, acting: OnceCell<ActingAs> },
+}
+
+impl Rights {
+    /// Those of the owner of the function that runs, taken when they are needed.
+    pub fn of_owner(function: pg_sys::Oid) -> Self {
+        Self::OfOwner { function, acting: OnceCell::new() }
+    }
 }
 
 impl Db<'_> {
@@ -127,16 +135,17 @@ impl Db<'_> {
         Spi::connect(|client| work(&Db { client, rights: Rights::Given }))
     }
 
-    /// As [`Db::connect`], for a function that may get by with reading rows by index, and so with no rights but the
-    /// caller's: taking others, with a search_path, is a good part of what such a call costs, so the first statement or
-    /// write does. In such a function nothing but statements and writes may depend on the current role, the search_path
-    /// or another setting, and nobody acts as anybody but by [`Db::act_as`].
+    /// As [`Db::connect`], for a function that may get by with reading and writing the extension's tables row by row, and
+    /// so with no rights but the caller's: taking others, with a search_path, is a good part of what such a call costs, so
+    /// the first statement does, or the first write of a table on which others have code. In such a function nothing else
+    /// may depend on the current role, the search_path or another setting, and nobody acts as anybody but by
+    /// [`Db::act_as`].
     pub fn connect_for<R>(
         function: pg_sys::Oid,
         work: impl FnOnce(&Db<'_>) -> Result<R>,
     ) -> Result<R> {
         check_may_write()?;
-        Self::call(Rights::OfOwner { function, acting: OnceCell::new() }, work)
+        Self::call(Rights::of_owner(function), work)
     }
 
     /// Connects with the rights that whoever does so has already: a trigger, the worker.
@@ -144,9 +153,14 @@ impl Db<'_> {
     /// What a trigger does is part of somebody's write, such as that of a dump that is being restored, and by itself no use
     /// of the extension.
     pub fn within<R>(work: impl FnOnce(&Db<'_>) -> Result<R>) -> Result<R> {
+        Self::within_with(Rights::Given, work)
+    }
+
+    /// The same with the rights that a trigger may need, whose write is the extension's.
+    pub fn within_with<R>(rights: Rights, work: impl FnOnce(&Db<'_>) -> Result<R>) -> Result<R> {
         check_may_write()?;
         let _context = KeepsContext::new();
-        Spi::connect(|client| work(&Db { client, rights: Rights::Given }))
+        Spi::connect(|client| work(&Db { client, rights }))
     }
 
     /// A call of one of the functions.
@@ -161,7 +175,7 @@ impl Db<'_> {
         })
     }
 
-    /// Sees to it that what follows has the rights of the extension's owner, as each statement and each write does.
+    /// Sees to it that what follows has the rights of the extension's owner, as each statement has.
     pub(super) fn take_rights(&self) -> Result<()> {
         if let Rights::OfOwner { function, acting } = &self.rights
             && acting.get().is_none()
@@ -304,8 +318,7 @@ fn check_may_write() -> Result<()> {
     if service::is_in_recovery() {
         return Err(ClaimError::Standby);
     }
-    // SAFETY: asks about this backend.
-    if unsafe { pg_sys::IsInParallelMode() } { Err(ClaimError::Parallel) } else { Ok(()) }
+    if backend::is_parallel() { Err(ClaimError::Parallel) } else { Ok(()) }
 }
 
 /// A column that must not be NULL.

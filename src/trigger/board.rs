@@ -7,10 +7,10 @@ use pgrx::prelude::*;
 use super::{Row, SessionTuple, Side, run};
 use crate::board::{self, Place};
 use crate::error::{ClaimError, Result};
+use crate::pg::time;
 use crate::spi::intent::{self, Intent};
 use crate::spi::row::Row as _;
 use crate::spi::table::layout::sessions as column;
-use crate::spi::time;
 
 /// Forgets the heartbeats of a session whose heartbeat was set back, or which was deleted; after a TRUNCATE, of
 /// all.

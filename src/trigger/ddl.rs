@@ -9,6 +9,7 @@ use pgrx::prelude::*;
 
 use crate::error::{ClaimError, Result};
 use crate::identity::{self, ActingAs, running};
+use crate::pg::backend;
 use crate::spi::extension::{self, Extension};
 use crate::spi::{Db, foreign};
 
@@ -47,12 +48,7 @@ pub fn note_drop(fcinfo: pg_sys::FunctionCallInfo) {
             && (*context).type_ == pg_sys::NodeTag::T_EventTriggerData
             && means_extension((*context.cast::<pg_sys::EventTriggerData>()).parsetree)
     };
-    DROPPING.set(Some((statement(), is_meant)));
-}
-
-fn statement() -> i64 {
-    // SAFETY: reads a variable of this process's.
-    unsafe { pg_sys::GetCurrentStatementStartTimestamp() }
+    DROPPING.set(Some((backend::statement(), is_meant)));
 }
 
 /// Whether a statement names the extension, its schema or its owner.
@@ -139,7 +135,8 @@ unsafe extern "C-unwind" fn object_accessed(
     if access != pg_sys::ObjectAccessType::OAT_DROP || class != pg_sys::ExtensionRelationId {
         return;
     }
-    let is_aside = DROPPING.get().is_some_and(|(at, is_meant)| at == statement() && !is_meant);
+    let is_aside =
+        DROPPING.get().is_some_and(|(at, is_meant)| at == backend::statement() && !is_meant);
     // SAFETY: looks the name up in the catalogue.
     if is_aside && object == unsafe { pg_sys::get_extension_oid(EXTENSION.as_ptr(), true) } {
         ClaimError::BacklogDropped.raise()

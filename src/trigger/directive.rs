@@ -8,9 +8,10 @@ use super::row::{self, Value};
 use super::{Row, Side, is_restoring, run_as_owner, run_on_own_table, text_of};
 use crate::error::{ClaimError, Result};
 use crate::identity;
+use crate::pg::time;
 use crate::spi::catalog::{self, Catalog};
 use crate::spi::directive::{self, Backlog};
-use crate::spi::{Db, claim, intent, session, time};
+use crate::spi::{Db, claim, intent, session};
 
 /// An SD that is finished or deleted is released in the same transaction.
 #[pg_trigger]
@@ -76,8 +77,10 @@ pub fn release_truncated_directives<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
 /// client that saves whole rows, becomes what the claims say.
 #[pg_trigger]
 pub fn keep_directive_mirror<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
-    if says_as_meant(trigger) {
-        return Ok(row::unchanged(trigger));
+    match says_as_meant(trigger) {
+        Ok(true) => return Ok(row::unchanged(trigger)),
+        Ok(false) => {}
+        Err(error) => error.raise(),
     }
     run_as_owner(trigger, || {
         if trigger.new().is_none() {
@@ -118,19 +121,31 @@ pub fn keep_directive_mirror<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
     })
 }
 
-/// Whether it is the extension that writes the row of its own backlog, and no trigger has had its way with it.
-fn says_as_meant(trigger: &PgTrigger<'_>) -> bool {
-    let Some((sd_id, session_id)) = intent::mirrored() else { return false };
-    let is_own = catalog::known().is_some_and(|catalog| {
-        catalog.is_own_backlog_in_use && trigger.relid().ok() == catalog.own_backlog
-    });
-    let says = |column, what: Option<&str>| {
-        text_of(trigger, Side::New, column).is_ok_and(|said| said.as_deref() == what)
+/// Whether it is the extension that writes the mirror, and no trigger has had its way with it.
+fn says_as_meant(trigger: &PgTrigger<'_>) -> Result<bool> {
+    let (Some((sd_id, session_id)), Some(catalog)) = (intent::mirrored(), catalog::known()) else {
+        return Ok(false);
     };
-    is_own
-        && says("sd_id", Some(&sd_id))
-        && says("is_working_on", Some(if session_id.is_some() { "t" } else { "f" }))
-        && says("active_session_id", session_id.as_deref())
+    let Some(backlog) = in_use(&catalog, trigger)? else { return Ok(false) };
+    let table = trigger.relid()?;
+    if (backlog.table_oid != table && !backlog.partitions.contains(&table))
+        || canonical_id(backlog, trigger, Side::New)? != Some(sd_id)
+    {
+        return Ok(false);
+    }
+    let is_working_on = Some(if session_id.is_some() { "t" } else { "f" });
+    let columns = &backlog.columns;
+    for (column, what) in [
+        (&columns.is_working_on, is_working_on),
+        (&columns.active_session_id, session_id.as_deref()),
+    ] {
+        if let Some(column) = column
+            && text_of(trigger, Side::New, column)?.as_deref() != what
+        {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Whether somebody holds an SD may change while its row waits for others to be written: for one of the same key that

@@ -5,8 +5,9 @@ use pgrx::prelude::*;
 
 use super::{Row, is_restoring, row, run_on_own_table};
 use crate::error::ClaimError;
+use crate::pg::time;
 use crate::spi::intent::{self, Intent};
-use crate::spi::{Db, installation, order, session, time};
+use crate::spi::{Db, installation, order, session};
 
 /// Before a statement that writes rows of a dump, of which the worker must not touch any until all are there.
 #[pg_trigger]

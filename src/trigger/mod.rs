@@ -20,11 +20,11 @@ use pgrx::{FromDatum, IntoDatum, PgTrigger, PgTupleDesc, pg_sys};
 
 use crate::error::{ClaimError, Result};
 use crate::identity::{self, ActingAs, Role};
+use crate::pg::{backend, time};
 use crate::spi::intent::{self, Intent};
 use crate::spi::row::Row as Columns;
 use crate::spi::session::Session;
 use crate::spi::table::layout::sessions;
-use crate::spi::time;
 
 /// What a trigger function gives back; errors are raised inside.
 type Row<'a> = Result<Option<row::Given<'a>>, Infallible>;
@@ -59,11 +59,8 @@ fn run_on_own_table<'a>(
     }
     run_as_owner(trigger, || {
         let table = trigger.relid()?;
-        // SAFETY: the server gives the trigger that it has called; looks names up in the catalogue.
-        let is_own = unsafe {
-            let schema = pg_sys::get_func_namespace((*trigger.trigger_data().tg_trigger).tgfoid);
-            OWN_TABLES.iter().any(|name| pg_sys::get_relname_relid(name.as_ptr(), schema) == table)
-        };
+        let schema = backend::schema_of(function_of(trigger));
+        let is_own = OWN_TABLES.iter().any(|name| backend::relation(name, schema) == Some(table));
         if is_own { work() } else { Err(ClaimError::NotOwnTable { table: trigger.table_name()? }) }
     })
 }
@@ -73,12 +70,16 @@ fn run_as_owner<'a>(
     trigger: &PgTrigger<'_>,
     work: impl FnOnce() -> Result<Option<row::Given<'a>>>,
 ) -> Row<'a> {
-    // SAFETY: the server gives the trigger that it has called, which names its function.
-    let function = unsafe { (*trigger.trigger_data().tg_trigger).tgfoid };
     run(|| {
-        let _acting = ActingAs::extension_owner(function)?;
+        let _acting = ActingAs::extension_owner(function_of(trigger))?;
         work()
     })
+}
+
+/// The trigger's function.
+fn function_of(trigger: &PgTrigger<'_>) -> pg_sys::Oid {
+    // SAFETY: the server gives the trigger that it has called, which names its function.
+    unsafe { (*trigger.trigger_data().tg_trigger).tgfoid }
 }
 
 /// A row of claude_sessions in one of its triggers, taken apart.

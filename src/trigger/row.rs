@@ -15,7 +15,7 @@ use pgrx::{AllocatedByPostgres, IntoDatum, PgTrigger, PgTupleDesc, pg_sys};
 use super::{Side, tuple_of};
 use crate::error::{ClaimError, Result};
 use crate::identity::Role;
-use crate::spi::time;
+use crate::pg::time;
 
 /// A row that goes back to the server.
 pub type Given<'a> = PgHeapTuple<'a, AllocatedByPostgres>;

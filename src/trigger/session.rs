@@ -12,13 +12,14 @@ use super::row::{self, Value};
 use super::{Row, SessionTuple, Side, is_restoring, run, run_on_own_table};
 use crate::error::{ClaimError, Result};
 use crate::identity::Role;
+use crate::pg::time;
 use crate::spi::claim::{self, Picture, contradiction};
 use crate::spi::intent::{self, Intent};
 use crate::spi::row::Row as _;
 use crate::spi::session::Session;
 use crate::spi::table::Wait;
 use crate::spi::table::layout::sessions as column;
-use crate::spi::{Db, conflict, directive, guard, time};
+use crate::spi::{Db, conflict, directive, guard};
 
 /// The reason recorded for a claim that ended by a direct write that gave none.
 const DIRECT_WRITE: &str = "direct_write";

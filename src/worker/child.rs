@@ -6,6 +6,7 @@ use pgrx::bgworkers::{BackgroundWorkerBuilder, BgWorkerStartTime};
 use pgrx::pg_sys;
 
 use super::control::Slot;
+use crate::pg::backend;
 
 /// A database worker that was started.
 pub struct Child {
@@ -21,8 +22,6 @@ impl Child {
     pub fn start(slot: &Slot, database: pg_sys::Oid) -> Option<Self> {
         slot.set_worker_latch(std::ptr::null_mut());
         slot.set_running(true);
-        // SAFETY: the process's own number.
-        let own_pid = unsafe { pg_sys::MyProcPid };
         let builder = BackgroundWorkerBuilder::new("pg_claims worker")
             .set_type("pg_claims worker")
             .set_library("pg_claims")
@@ -31,7 +30,7 @@ impl Child {
             .set_start_time(BgWorkerStartTime::RecoveryFinished)
             .set_restart_time(None)
             .set_argument(Some(pg_sys::Datum::from(database.to_u32())))
-            .set_notify_pid(own_pid);
+            .set_notify_pid(backend::pid());
         let mut worker = pg_sys::BackgroundWorker::from(&builder);
         let mut handle = std::ptr::null_mut();
         // SAFETY: both are valid; the server copies the description, and sets the handle, which it

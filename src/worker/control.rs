@@ -18,16 +18,21 @@ use std::time::Duration;
 use pgrx::pg_sys;
 
 use super::LAUNCHER_TYPE;
+use crate::pg::time;
 use crate::service;
 
 /// How many databases can be told apart. Those beyond are not served; the launcher says so.
 pub const MAX_DATABASES: usize = 256;
 
 /// Tells this version's memory from any other's.
-const MAGIC: u64 = 0x7067_636c_6169_6d02;
+const MAGIC: u64 = 0x7067_636c_6169_6d03;
 
 /// What the launcher's `application_name` begins with; the handle follows.
 const NAME_PREFIX: &str = "pg_claims launcher ";
+
+/// How long it takes at the most until every process that looks for the launcher finds it: a little longer than a process
+/// goes by its last look (see `wake`).
+const FOUND_WITHIN: Duration = Duration::from_millis(1100);
 
 /// All accesses are sequentially consistent: they are rare, and whoever announces work and then
 /// asks whether a worker runs must not see the two in another order than the worker.
@@ -46,6 +51,8 @@ pub struct Control {
     /// No worker could be started, as no slot of the server's was free.
     starved: AtomicBool,
     launcher_latch: AtomicUsize,
+    /// When the launcher made this, in the server's microseconds.
+    made_at: AtomicI64,
     slots: [Slot; MAX_DATABASES],
 }
 
@@ -233,6 +240,13 @@ impl Control {
         self.slots.iter().any(|slot| slot.database().is_none_or(|known| known == database))
     }
 
+    /// Until when a transaction may have begun that does not find the launcher when it is committed, and so tells nobody
+    /// of it; in the server's microseconds.
+    pub fn found_by_all_from(&self) -> i64 {
+        let a_while = FOUND_WITHIN.as_micros() as i64;
+        self.made_at.load(ORDER).saturating_add(a_while)
+    }
+
     /// Whether the launcher has ended.
     pub fn is_closed(&self) -> bool {
         self.closed.load(ORDER)
@@ -310,6 +324,7 @@ pub fn create() -> &'static Control {
         std::ptr::write_bytes(memory.cast::<u8>(), 0, size_of::<Control>());
         let control = &*memory.cast::<Control>();
         control.launcher_latch.store(pg_sys::MyLatch.expose_provenance(), ORDER);
+        control.made_at.store(time::now_in_microseconds(), ORDER);
         control.rescan.store(true, ORDER);
         control.magic.store(MAGIC, ORDER);
         pg_sys::before_shmem_exit(Some(close), pg_sys::Datum::from(memory));

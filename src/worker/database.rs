@@ -7,7 +7,7 @@ use pgrx::pg_sys;
 
 use super::control::{self, Found, Kind};
 use super::process;
-use super::round::{self, Round, Stay};
+use super::round::{self, Round, Stay, Untold};
 use crate::board;
 use crate::guc;
 use crate::identity;
@@ -92,14 +92,21 @@ fn work(stay: &Stay<'_>) -> bool {
     let slot = stay.slot;
     let mut round = Round::begin(stay);
     let mut quiet_since = Instant::now();
+    let mut untold = Untold::Anybody;
     while quiet_since.elapsed() < LINGER && stay.began.elapsed() < LONGEST_STAY {
         let was_pending = slot.take_pending();
+        untold = stay.untold();
         match round::look() {
             Some(InUse::Since(_)) => slot.set_kind(Kind::Served),
+            Some(InUse::NotYet) if untold == Untold::Anybody => {
+                process::pause(LOOK_EVERY);
+                quiet_since = Instant::now();
+                continue;
+            }
             Some(InUse::NotYet) => {
                 // Whoever uses it first tells so.
                 slot.set_kind(Kind::Served);
-                slot.set_interval(None);
+                slot.set_interval(again_for(untold));
                 return true;
             }
             Some(InUse::NotInstalled) => {
@@ -109,7 +116,7 @@ fn work(stay: &Stay<'_>) -> bool {
             }
             None => return false,
         }
-        if round.run() || was_pending {
+        if round.run() || was_pending || untold == Untold::Anybody {
             quiet_since = Instant::now();
         }
         if !guc::worker() || stay.is_over() {
@@ -118,8 +125,13 @@ fn work(stay: &Stay<'_>) -> bool {
         process::idle();
         process::pause(if round.has_many_events() { LOOK_EVERY_IF_MANY } else { LOOK_EVERY });
     }
-    slot.set_interval(round.finish());
+    slot.set_interval(round.finish().or(again_for(untold)));
     true
+}
+
+/// How soon to come again for what somebody may have committed meanwhile, and told nobody.
+fn again_for(untold: Untold) -> Option<Duration> {
+    (untold != Untold::Nobody).then(round::reap_interval)
 }
 
 fn set_settings() {

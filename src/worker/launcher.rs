@@ -10,19 +10,15 @@ use super::process;
 use crate::board;
 use crate::guc;
 use crate::identity;
+use crate::pg::lock::{Mode, Tag, Until};
 
 /// How often a database is visited in which time alone can change nothing: for settings that an
 /// operator has changed there, and for pruning.
 const IDLE_INTERVAL: Duration = Duration::from_secs(60);
 
-/// How often a database is visited that had not the extension when a worker was there last. Normally
-/// it tells when it has got it.
-const OTHER_INTERVAL: Duration = Duration::from_secs(3600);
-
-/// How soon a database in which time alone can change nothing is visited again at first. Each further
-/// time is twice as long. A transaction that has begun to commit before the launcher was there to be
-/// told is so noticed after about as long as its commit took.
-const FIRST_INTERVAL: Duration = Duration::from_secs(1);
+/// How soon, and at most how seldom, to look again whether a database has got the extension that had
+/// not. Normally it tells so itself; this is for what the launcher was not yet there to hear.
+const OTHER_INTERVALS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(3600));
 
 /// How long to wait for a slot of `max_worker_processes` to become free.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -40,8 +36,8 @@ const AGAIN_AFTER: Duration = Duration::from_secs(1);
 const STUCK_AFTER: u32 = 30;
 
 /// The lock that one launcher holds at a time: an advisory lock of no database, which nobody else
-/// can take. The words are arbitrary.
-const SINGLETON: [u32; 2] = [0x7067_636c, 0x6169_6d73];
+/// can take. The number is arbitrary.
+const SINGLETON: u64 = 0x7067_636c_6169_6d73;
 
 /// What the launcher knows of a database beside what is in its slot.
 struct Visit {
@@ -54,8 +50,8 @@ struct Visit {
     put_off_until: Option<Instant>,
     /// How often in a row.
     failures: u32,
-    /// How long to leave the database alone next, where time alone can change nothing.
-    rest: Duration,
+    /// How long to leave a database alone that has not the extension.
+    other_interval: Duration,
     worker: Option<Child>,
 }
 
@@ -67,7 +63,7 @@ impl Visit {
             waiting_since: None,
             put_off_until: None,
             failures: 0,
-            rest: FIRST_INTERVAL,
+            other_interval: OTHER_INTERVALS.0,
             worker: None,
         }
     }
@@ -134,17 +130,7 @@ fn has_heard_of_renames() -> bool {
 }
 
 fn hold_singleton() -> bool {
-    let tag = pg_sys::LOCKTAG {
-        locktag_field1: 0,
-        locktag_field2: SINGLETON[0],
-        locktag_field3: SINGLETON[1],
-        locktag_field4: 1,
-        locktag_type: pg_sys::LockTagType::LOCKTAG_ADVISORY as u8,
-        locktag_lockmethodid: pg_sys::USER_LOCKMETHOD as u8,
-    };
-    // SAFETY: a lock for the process's life, which needs no transaction; not waited for.
-    let result = unsafe { pg_sys::LockAcquire(&tag, pg_sys::ExclusiveLock as i32, true, true) };
-    result != pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL
+    Tag::of_server(SINGLETON).try_acquire(Mode::Exclusive, Until::Released)
 }
 
 /// Starts what is due, first what has waited longest. Returns how long to wait.
@@ -233,14 +219,12 @@ fn collect(control: &Control, visit: &mut Visit, slot: &Slot, now: Instant) {
     // What it found out about the time of the next visit counts from its beginning.
     let planned = slot.interval().unwrap_or(IDLE_INTERVAL);
     visit.due = visit.due.min(now + planned);
-    let longest = match (slot.kind(), slot.interval()) {
-        (Kind::Other, _) => OTHER_INTERVAL,
-        (_, None) => IDLE_INTERVAL,
-        (_, Some(_)) => return,
-    };
-    visit.rest = visit.rest.min(longest);
-    visit.due = now + visit.rest;
-    visit.rest *= 2;
+    if slot.kind() == Kind::Other {
+        visit.due = now + visit.other_interval;
+        visit.other_interval = (visit.other_interval * 2).min(OTHER_INTERVALS.1);
+    } else if slot.interval().is_none() {
+        visit.due = now + IDLE_INTERVAL;
+    }
 }
 
 /// Makes slots and visits those of the databases that there are.

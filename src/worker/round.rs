@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use chrono::TimeDelta;
 use pg_claims_core::batch::Batch;
+use pgrx::pg_sys;
 
 use super::connections;
 use super::control::{Control, Slot};
@@ -18,9 +19,11 @@ use crate::board;
 use crate::error::Result;
 use crate::guc;
 use crate::identity;
+use crate::pg::{backend, time};
+use crate::service;
 use crate::spi::claim::reap::{self, Candidate, Policy};
 use crate::spi::installation::{self, InUse};
-use crate::spi::{Db, health, heartbeat, manager, order, prune, session, time};
+use crate::spi::{Db, health, heartbeat, manager, order, prune, session};
 
 /// How many claims one scan finds. Each scan reads all open claims, so that few find many.
 const SCAN_BATCH: i32 = 1000;
@@ -78,7 +81,39 @@ pub struct Stay<'c> {
 /// How long the worker stays where another database waits for its turn.
 const SHORT_STAY: Duration = Duration::from_millis(250);
 
+/// Who may yet commit something of which the worker is not told.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Untold {
+    /// Nobody.
+    Nobody,
+    /// A transaction that began before the launcher was found by all.
+    AnOldTransaction,
+    /// Anybody: the launcher has only just been there to be found.
+    Anybody,
+}
+
 impl Stay<'_> {
+    /// Who may yet commit something untold. Asked before a look: what was committed before is seen by that.
+    pub fn untold(&self) -> Untold {
+        let found_from = self.control.found_by_all_from();
+        if time::now_in_microseconds() < found_from {
+            return Untold::Anybody;
+        }
+        let database = backend::database();
+        let mut is_any = false;
+        service::each_process(|process| {
+            // With track_activities off a process does not tell of its transactions.
+            let began = match process.st_state {
+                pg_sys::BackendState::STATE_DISABLED => process.st_proc_start_timestamp,
+                _ => process.st_xact_start_timestamp,
+            };
+            is_any |= process.st_databaseid == database
+                && process.st_backendType == pg_sys::BackendType::B_BACKEND
+                && (1..found_from).contains(&began);
+        });
+        if is_any { Untold::AnOldTransaction } else { Untold::Nobody }
+    }
+
     /// Whether it is another database's turn.
     pub fn is_over(&self) -> bool {
         self.control.is_crowded() && self.began.elapsed() >= SHORT_STAY
@@ -224,7 +259,7 @@ fn follow_renames(slot: &Slot, run: &mut health::Run) {
     }
 }
 
-fn reap_interval() -> Duration {
+pub(super) fn reap_interval() -> Duration {
     guc::reap_interval().to_std().unwrap_or_default()
 }
 

@@ -1,13 +1,15 @@
 //! Waking the worker when a transaction has been committed that recorded events.
 
 use std::cell::Cell;
-use std::ffi::c_void;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use pgrx::pg_sys;
 
-use super::control::{self, Found};
+use super::control::{self, Attached, Found};
 use super::launcher_worker;
+use crate::pg::backend;
+use crate::pg::transaction::{self, End};
 use crate::{guc, service};
 
 /// How long a session waits before it looks for a launcher again that is being started …
@@ -30,8 +32,7 @@ thread_local! {
 
 /// Asks the server to tell how transactions end.
 pub(super) fn init() {
-    // SAFETY: runs once per process; the callback lives as long as the library.
-    unsafe { pg_sys::RegisterXactCallback(Some(transaction_ends), std::ptr::null_mut()) };
+    transaction::at_end(transaction_ends);
 }
 
 /// This process does the work itself and need not wake anybody.
@@ -57,27 +58,20 @@ pub fn at_exit() {
     }
 }
 
-#[pgrx::pg_guard]
-unsafe extern "C-unwind" fn transaction_ends(
-    event: pg_sys::XactEvent::Type,
-    _argument: *mut c_void,
-) {
+fn transaction_ends(end: End) {
     if !WANTED.get() || IS_WORKER.get() {
         return;
     }
-    match event {
+    match end {
         // The last moment at which something may fail.
-        pg_sys::XactEvent::XACT_EVENT_PRE_COMMIT => keep(),
+        End::PreCommit => keep(),
         // Also after an abort: the worker may have passed by what the transaction held. And once it
         // is prepared: nobody wakes the worker when it is committed, so that it must come by itself
         // until then.
-        pg_sys::XactEvent::XACT_EVENT_COMMIT
-        | pg_sys::XactEvent::XACT_EVENT_ABORT
-        | pg_sys::XactEvent::XACT_EVENT_PREPARE => {
+        End::Commit | End::Abort | End::Prepare => {
             WANTED.set(false);
             wake();
         }
-        _ => {}
     }
 }
 
@@ -88,8 +82,7 @@ extern "C-unwind" fn process_ends(_code: i32, _: pg_sys::Datum) {
 /// Neither allocates nor fails.
 fn wake() {
     match control::attached() {
-        // SAFETY: the database's id is set before any transaction and never changes.
-        Some(control) => control.wake(unsafe { pg_sys::MyDatabaseId }),
+        Some(control) => control.wake(backend::database()),
         None => UNTOLD.set(true),
     }
 }
@@ -127,9 +120,8 @@ pub fn keep() {
 
 /// Whether a worker serves this database, or will: there may be more databases than the launcher keeps in mind.
 pub fn is_served() -> bool {
-    // SAFETY: set before any statement runs, and never changes.
-    let database = unsafe { pg_sys::MyDatabaseId };
-    ensure().is_ok() && control::attached().is_none_or(|control| control.may_serve(database))
+    let may_serve = |control: Rc<Attached>| control.may_serve(backend::database());
+    ensure().is_ok() && control::attached().is_none_or(may_serve)
 }
 
 /// Finds the launcher, or starts it, or says why there is none.

@@ -1,6 +1,6 @@
 //! A user adds triggers, constraints or columns to the extension's tables: the extension's own writes obey them.
 
-use pg_claims_tests::{message, sqlstate};
+use pg_claims_tests::{json, message, sqlstate};
 use postgres::Client;
 
 use crate::queue::texts;
@@ -58,6 +58,90 @@ fn a_statement_trigger_sees_the_rows_in_its_transition_tables() {
     release(&mut c, "s1");
     let seen = texts(&mut c, "SELECT what FROM seen ORDER BY n");
     assert_eq!(seen, ["INSERT SD-1", "UPDATE - SD-1", "UPDATE SD-1 -"]);
+}
+
+/// A claim and a release by an ordinary role, with one thing of a superuser's on the tables.
+#[test]
+fn whatever_is_put_on_the_tables_runs_as_the_extension_s_owner() {
+    // Each is an error where it runs as another role, or finds unqualified names elsewhere.
+    let additions = [
+        "ALTER TABLE {t} ADD CONSTRAINT added CHECK (public.runs_in('{s}', {k}))",
+        "ALTER TABLE {t} ADD CONSTRAINT added CHECK (session_user = 'postgres' OR current_user = 'postgres')",
+        "CREATE INDEX added ON {t} (public.runs_in('{s}', {k}))",
+        "CREATE INDEX added ON {t} ({k}) WHERE public.runs_in('{s}', {k})",
+        "ALTER TABLE {t} ADD COLUMN added boolean GENERATED ALWAYS AS (public.runs_in('{s}', {k})) STORED",
+        "CREATE TRIGGER added BEFORE INSERT OR UPDATE ON {t} FOR EACH ROW EXECUTE FUNCTION public.run_in('{s}')",
+        "CREATE TRIGGER added AFTER INSERT OR UPDATE ON {t} FOR EACH ROW EXECUTE FUNCTION public.run_in('{s}')",
+        "CREATE TRIGGER added AFTER INSERT OR UPDATE ON {t} FOR EACH STATEMENT EXECUTE FUNCTION public.run_in('{s}')",
+        "CREATE CONSTRAINT TRIGGER added AFTER INSERT OR UPDATE ON {t} FOR EACH ROW EXECUTE FUNCTION public.run_in('{s}')",
+    ];
+    let defaults = [
+        "ALTER TABLE {t} ADD COLUMN added boolean DEFAULT public.runs_in('{s}', clock_timestamp())",
+        "ALTER TABLE {t} ADD COLUMN added name DEFAULT current_user CHECK (added = 'postgres')",
+        "ALTER TABLE {t} ADD COLUMN added serial",
+        "ALTER TABLE {t} ADD COLUMN added public.checked DEFAULT clock_timestamp()::text",
+    ];
+    let tables = [
+        ("claude_sessions", "session_id", &additions[..]),
+        ("strategic_directives_v2", "active_session_id", &additions[..]),
+        ("sd_claims", "claim_id", &additions[..]),
+        ("session_lifecycle_events", "event_id", &additions[..]),
+        ("sd_claims", "claim_id", &defaults[..]),
+        ("session_lifecycle_events", "event_id", &defaults[..]),
+    ];
+    let (db, mut c) = coordinated();
+    add(
+        &mut c,
+        "CREATE SEQUENCE runs;
+         CREATE FUNCTION runs_in(at text, of anyelement) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN
+             -- Not while it is added.
+             IF session_user <> 'postgres' THEN
+                 PERFORM pg_catalog.nextval('public.runs');
+                 IF current_user <> 'postgres' OR current_setting('search_path') <> at THEN
+                     RAISE EXCEPTION 'as % in %', current_user, current_setting('search_path');
+                 END IF;
+             END IF;
+             RETURN true; END $$;
+         CREATE FUNCTION run_in() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+             PERFORM public.runs_in(TG_ARGV[0], 1); RETURN NEW; END $$;
+         CREATE DOMAIN checked AS text CHECK (public.runs_in('pg_catalog, pg_temp', VALUE))",
+    );
+    let role = db.role("worker");
+    add(&mut c, &format!("SELECT grant_coordination('{role}', 'worker')"));
+    for (table, key, additions) in tables {
+        for addition in additions {
+            let mut own = db.connect_as(&role);
+            json(&mut own, "SELECT register_session('own')", &[]);
+            // What the connection keeps of the tables is made before.
+            granted(&mut own, "SD-1", "own");
+            release(&mut own, "own");
+            let search_path = match table {
+                "strategic_directives_v2" => "pg_catalog, public, pg_temp",
+                _ => "pg_catalog, pg_temp",
+            };
+            let addition =
+                addition.replace("{t}", table).replace("{k}", key).replace("{s}", search_path);
+            add(&mut c, &addition);
+            add(&mut c, "ALTER SEQUENCE runs RESTART");
+            for call in ["claim_sd('SD-1', 'own')", "release_sd('own')"] {
+                let done = own.query(&format!("SELECT {call}"), &[]);
+                assert!(done.is_ok(), "{addition}, {call}: {done:?}");
+            }
+            let has_run = count(&mut c, "SELECT count(*) FROM runs WHERE is_called") > 0;
+            assert_eq!(has_run, addition.contains("public."), "{addition}");
+            assert_in_step(&mut c);
+            let undo = if addition.contains("CONSTRAINT added") {
+                format!("ALTER TABLE {table} DROP CONSTRAINT added")
+            } else if addition.contains("INDEX") {
+                "DROP INDEX added".into()
+            } else if addition.contains("TRIGGER") {
+                format!("DROP TRIGGER added ON {table}")
+            } else {
+                format!("ALTER TABLE {table} DROP COLUMN added")
+            };
+            add(&mut c, &undo);
+        }
+    }
 }
 
 #[test]
@@ -256,18 +340,23 @@ fn policies_that_apply_to_the_extension_s_owner_are_refused() {
     release(&mut c, "s1");
     granted(&mut c, "SD-1", "s1");
     let owner = db.role("owner");
-    // As if that role owned the extension, as far as a release is concerned.
-    let own = "SELECT 'ALTER TABLE ' || c.oid::regclass || ' OWNER TO ' || $1
+    // As if that role, which is no superuser, owned the extension.
+    let own = "SELECT format('ALTER %s %s OWNER TO %I', CASE WHEN c.oid IS NULL THEN 'FUNCTION' ELSE 'TABLE' END,
+                             COALESCE(c.oid::regclass::text, d.objid::regprocedure::text), $1::text)
                  FROM pg_depend d JOIN pg_extension e ON e.oid = d.refobjid AND e.extname = 'pg_claims'
-                 JOIN pg_class c ON d.classid = 'pg_class'::regclass AND c.oid = d.objid
-                WHERE d.deptype = 'e' AND c.relkind IN ('r', 'v')
-                UNION ALL
-               SELECT 'ALTER FUNCTION ' || oid::regprocedure || ' OWNER TO ' || $1
-                 FROM pg_proc WHERE proname = 'release_sd'";
-    let commands: Vec<String> =
-        c.query(own, &[&owner]).unwrap().iter().map(|row| row.get(0)).collect();
+                 LEFT JOIN pg_class c ON d.classid = 'pg_class'::regclass AND c.oid = d.objid
+                WHERE d.deptype = 'e' AND (c.relkind IN ('r', 'v') OR d.classid = 'pg_proc'::regclass)";
+    let commands =
+        c.query(own, &[&owner]).unwrap().iter().map(|row| row.get(0)).collect::<Vec<String>>();
     add(&mut c, &format!("GRANT CREATE, USAGE ON SCHEMA public TO {owner}"));
     add(&mut c, &commands.join("; "));
+    add(
+        &mut c,
+        &format!(
+            "SET allow_system_table_mods = on;
+             UPDATE pg_extension SET extowner = '{owner}'::regrole WHERE extname = 'pg_claims'"
+        ),
+    );
     let error = db.connect().query("SELECT release_sd('s1')", &[]).unwrap_err();
     assert_eq!(sqlstate(&error), "0A000", "{error:?}");
 }

@@ -2,10 +2,9 @@
 
 use std::rc::Rc;
 
-use pgrx::pg_sys;
-
 use super::{Catalog, doubt, known};
 use crate::error::{ClaimError, Result};
+use crate::pg::lock::{self, Mode};
 use crate::spi::directive::{self, Backlog};
 use crate::spi::statement::Db;
 
@@ -18,7 +17,7 @@ pub const MOST_TRIES: u32 = 20;
 /// backlog, then the claims, which is the order of a change of the backlog and of whoever finishes
 /// an SD.
 pub fn lock_backlog(db: &Db<'_>) -> Result<()> {
-    lock(db, pg_sys::RowShareLock, true)?;
+    lock_all(db, Mode::RowShare, true)?;
     Ok(())
 }
 
@@ -26,7 +25,7 @@ pub fn lock_backlog(db: &Db<'_>) -> Result<()> {
 /// An error where it has code that must not run with the extension's rights, which the server does already
 /// when it plans a statement.
 pub fn usable_backlog(db: &Db<'_>) -> Result<Rc<Catalog>> {
-    let catalog = lock(db, pg_sys::AccessShareLock, false)?;
+    let catalog = lock_all(db, Mode::AccessShare, false)?;
     if let Some(backlog) = &catalog.backlog {
         backlog.usable()?;
     }
@@ -37,14 +36,10 @@ pub fn usable_backlog(db: &Db<'_>) -> Result<Rc<Catalog>> {
 /// [`lock_backlog`]. Heartbeats touch neither table and go on.
 pub fn exclude_claims(db: &Db<'_>) -> Result<()> {
     let catalog = db.catalog()?;
-    let mode = pg_sys::ShareRowExclusiveLock as i32;
-    // SAFETY: locks relations by their ids; waits like any statement and may raise an error, which unwinds as usual.
-    unsafe {
-        if let Some(backlog) = &catalog.backlog {
-            pg_sys::LockRelationOid(backlog.table_oid, mode);
-        }
-        pg_sys::LockRelationOid(catalog.sd_claims, mode);
+    if let Some(backlog) = &catalog.backlog {
+        lock::relation(backlog.table_oid, Mode::ShareRowExclusive);
     }
+    lock::relation(catalog.sd_claims, Mode::ShareRowExclusive);
     Ok(())
 }
 
@@ -57,11 +52,9 @@ pub fn try_usable_backlog(db: &Db<'_>) -> Result<bool> {
 }
 
 fn try_lock_to_read(backlog: &Backlog) -> bool {
-    let mode = pg_sys::AccessShareLock as i32;
-    // SAFETY: locks relations by their ids, without waiting. An id that is gone is locked without harm.
     std::iter::once(&backlog.table_oid)
         .chain(&backlog.partitions)
-        .all(|oid| unsafe { pg_sys::ConditionalLockRelationOid(*oid, mode) })
+        .all(|table| lock::try_relation(*table, Mode::AccessShare))
 }
 
 /// Whether the backlog says that an SD can go on being held, where that takes neither a statement nor a wait: `None`
@@ -79,23 +72,17 @@ pub fn is_unfinished_as_known(sd_id: &str) -> Result<Option<bool>> {
     }
 }
 
-fn lock(db: &Db<'_>, mode: u32, with_claims: bool) -> Result<Rc<Catalog>> {
+fn lock_all(db: &Db<'_>, mode: Mode, with_claims: bool) -> Result<Rc<Catalog>> {
     for _ in 0..MOST_TRIES {
         pgrx::check_for_interrupts!();
         let catalog = db.catalog()?;
-        // SAFETY: locks relations by their ids; waits like any statement and may raise an error,
-        // which unwinds as usual. An id that is gone is locked without harm.
-        unsafe {
-            if let Some(backlog) = &catalog.backlog {
-                pg_sys::LockRelationOid(backlog.table_oid, mode as i32);
-                // Planning a statement looks at each, and would wait for whoever is changing one.
-                for partition in &backlog.partitions {
-                    pg_sys::LockRelationOid(*partition, mode as i32);
-                }
-            }
-            if with_claims {
-                pg_sys::LockRelationOid(catalog.sd_claims, pg_sys::RowExclusiveLock as i32);
-            }
+        if let Some(backlog) = &catalog.backlog {
+            lock::relation(backlog.table_oid, mode);
+            // Planning a statement looks at each, and would wait for whoever is changing one.
+            backlog.partitions.iter().for_each(|partition| lock::relation(*partition, mode));
+        }
+        if with_claims {
+            lock::relation(catalog.sd_claims, Mode::RowExclusive);
         }
         // Whoever was waited for may have changed it.
         doubt();

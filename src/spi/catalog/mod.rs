@@ -12,7 +12,7 @@ pub use lock::{
 };
 
 use std::cell::{Cell, RefCell};
-use std::ffi::{CStr, c_void};
+use std::ffi::CStr;
 use std::rc::Rc;
 
 use pgrx::{IntoDatum, pg_sys};
@@ -23,9 +23,10 @@ use super::numbers::{Kind, Source};
 use super::row::Row;
 use super::statement::{self, Db, required};
 use super::table::{AllKnown, Known, Name};
-use super::time;
 use crate::error::{ClaimError, Result};
 use crate::identity::Unacting;
+use crate::pg::transaction::{self, End};
+use crate::pg::{backend, time};
 
 /// Where the extension and its backlog are.
 #[derive(Debug, Clone, PartialEq)]
@@ -34,6 +35,8 @@ pub struct Catalog {
     pub extension: pg_sys::Oid,
     /// A trigger of an ordinary role's on one of its tables, described.
     pub foreign_code: Option<String>,
+    /// Its tables whose writes may run code that is neither the server's nor the extension's.
+    with_others_code: Vec<pg_sys::Oid>,
     /// Its schema, quoted for use in SQL.
     pub schema: String,
     /// The sessions.
@@ -76,6 +79,11 @@ impl Catalog {
         backlog.is_some() && backlog == self.own_backlog
     }
 
+    /// Whether a write of a table of the extension's own may run code that is neither the server's nor the extension's.
+    pub fn runs_others_code(&self, name: Name) -> bool {
+        self.table(name).is_none_or(|known| self.with_others_code.contains(&known.oid))
+    }
+
     /// What is known of a table of the extension's own, if it is there, and whole.
     pub fn table(&self, name: Name) -> Option<&Rc<Known>> {
         self.tables[name as usize].as_ref()
@@ -109,11 +117,11 @@ thread_local! {
 
 /// Asks the server to report changed relations and renamed schemas.
 pub fn watch() {
+    transaction::at_end(transaction_ends);
     // SAFETY: runs once per process, in _PG_init; the callbacks live as long as the library, which
     // is never unloaded, and do nothing but set a flag.
     unsafe {
         pg_sys::CacheRegisterRelcacheCallback(Some(relation_changed), pg_sys::Datum::null());
-        pg_sys::RegisterXactCallback(Some(transaction_ends), std::ptr::null_mut());
         pg_sys::CacheRegisterSyscacheCallback(
             pg_sys::SysCacheIdentifier::NAMESPACEOID as i32,
             Some(schema_changed),
@@ -158,9 +166,8 @@ extern "C-unwind" fn relation_changed(_: pg_sys::Datum, relation: pg_sys::Oid) {
     }
 }
 
-unsafe extern "C-unwind" fn transaction_ends(event: pg_sys::XactEvent::Type, _: *mut c_void) {
-    use pg_sys::XactEvent::{XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PREPARE};
-    if [XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PREPARE].contains(&event) {
+fn transaction_ends(end: End) {
+    if end != End::PreCommit {
         // With the transaction go its locks.
         doubt();
         if IS_OLD.replace(false) {
@@ -189,7 +196,7 @@ impl CodeVersion {
         Self {
             changes: CHANGES_OF_CODE.get(),
             times_forgotten: TIMES_FORGOTTEN.get(),
-            statement: statement_start(),
+            statement: backend::statement(),
         }
     }
 
@@ -234,15 +241,10 @@ pub fn known() -> Option<Rc<Catalog>> {
 /// forgotten everything since, which it may do at any moment, does not have it read all the time. Whoever has waited
 /// for a lock looks again.
 fn known_to_statement() -> Option<Rc<Catalog>> {
-    if CHANGED.get() || (FORGOTTEN.get() && READ_FOR.get() != statement_start()) {
+    if CHANGED.get() || (FORGOTTEN.get() && READ_FOR.get() != backend::statement()) {
         return None;
     }
     CURRENT.with_borrow(Clone::clone)
-}
-
-fn statement_start() -> i64 {
-    // SAFETY: reads a variable of this process's.
-    unsafe { pg_sys::GetCurrentStatementStartTimestamp() }
 }
 
 /// Has the catalogue be read again if anything may have changed: after waiting for a lock.
@@ -275,13 +277,7 @@ pub fn sessions_of(function: pg_sys::Oid) -> Option<pg_sys::Oid> {
     {
         return Some(known);
     }
-    // SAFETY: both look things up in the server's caches of its catalogues, by names and numbers alone; the function
-    // is there while it runs. Invalid where there is no such table.
-    let table = unsafe {
-        let schema = pg_sys::get_func_namespace(function);
-        pg_sys::get_relname_relid(c"claude_sessions".as_ptr(), schema)
-    };
-    (table != pg_sys::Oid::INVALID).then_some(table)
+    backend::relation(c"claude_sessions", backend::schema_of(function))
 }
 
 /// The catalogue, read anew if it has changed.
@@ -303,7 +299,7 @@ pub fn current(db: &Db<'_>) -> Result<Rc<Catalog>> {
             IS_OLD.set(time::has_transaction_snapshot());
             let catalog = adopt(catalog);
             reading.done();
-            READ_FOR.set(statement_start());
+            READ_FOR.set(backend::statement());
             Ok(catalog)
         }
         Err(error) => Err(error),
@@ -416,10 +412,8 @@ fn read(db: &Db<'_>) -> Result<Catalog> {
     let backlog = Backlog::read(db, &schema, own_backlog)?;
     let bound = backlog.as_ref().map_or(pg_sys::Oid::INVALID, |b| b.table_oid);
     let namespace = required(oid(7)?, "pg_namespace")?;
-    let in_schema = |name: &CStr| {
-        // SAFETY: looks the name up in the catalogue; invalid where there is none.
-        unsafe { pg_sys::get_relname_relid(name.as_ptr(), namespace) }
-    };
+    let in_schema =
+        |name: &CStr| backend::relation(name, namespace).unwrap_or(pg_sys::Oid::INVALID);
     let oids = Name::ALL.map(|name| match name {
         Name::Sessions => sessions,
         Name::Claims => sd_claims,
@@ -438,10 +432,12 @@ fn read(db: &Db<'_>) -> Result<Catalog> {
                 && backlog.owner == extension_owner
                 && backlog.usable().is_ok()
         });
+    let code = foreign::code(db)?;
     let mut watched = [view, bound].into_iter().chain(oids).chain(FURTHER.map(in_schema));
     Ok(Catalog {
         extension,
-        foreign_code: foreign::code(db)?,
+        foreign_code: code.of_ordinary_role,
+        with_others_code: code.tables,
         schema,
         sessions,
         sd_claims,

@@ -20,11 +20,12 @@ use crate::board::Place;
 use crate::error::{ClaimError, Result};
 use crate::guc;
 use crate::identity::Role;
+use crate::pg::time;
 use crate::spi::intent::{Intent, Meaning};
 use crate::spi::session::{self, Held, Session};
 use crate::spi::statement::Db;
 use crate::spi::table::Wait;
-use crate::spi::{conflict, directive, guard, heartbeat, quota, time};
+use crate::spi::{conflict, directive, guard, heartbeat, quota};
 
 /// How often to look again before giving up. Each round means that another transaction has
 /// committed a change to the same SD or session since the last look, so a few suffice; only
@@ -97,6 +98,7 @@ pub fn acquire(
         {
             reap::pull_back(db, &owner.session_id)?;
         }
+        let is_contested = picture.is_session_contested;
         let finished = held_though_finished(&picture, request);
         let verdict = judge(picture, request, &may_act_for)?;
         if let Some(held) = finished
@@ -133,7 +135,7 @@ pub fn acquire(
             Verdict::Take { session, sd_id, loser, has_conflicts } => {
                 if locked.is_empty()
                     && (await_guards(&session, loser.as_ref().filter(|_| request.force.is_some()))?
-                        || session::await_writer(db, session_id)?)
+                        || is_contested && session::await_writer(db, session_id)?)
                 {
                     continue;
                 }
@@ -181,7 +183,9 @@ pub fn acquire(
                     return Ok(Err(Refusal::SdBusy { sd_id }));
                 }
                 let request = Request { sd_id: &sd_id, ..request };
-                if let Some(claimed) = take(db, request, &session, loser)? {
+                // Entering the conflicts may have taken a while.
+                let may_be_contested = is_contested || has_conflicts;
+                if let Some(claimed) = take(db, request, &session, loser, may_be_contested)? {
                     return Ok(Ok(claimed));
                 }
                 if queued.is_some() && is_contradictory {
@@ -294,6 +298,7 @@ fn take(
     request: Request<'_>,
     session: &Session,
     loser: Option<Owner>,
+    may_be_contested: bool,
 ) -> Result<Option<Claimed>> {
     let Request { sd_id, session_id, track, force, queued, .. } = request;
     let held = session.claim_id;
@@ -302,7 +307,7 @@ fn take(
     }
     let mut not_before = session.moment();
     // Whoever writes the session is waited for before it is said when the claim begins.
-    if loser.is_none() && session::is_contested(db, session_id)? {
+    if loser.is_none() && may_be_contested && session::is_contested(db, session_id)? {
         let now = session::hold(db, session_id, Wait::Block)?;
         if now.is_none_or(|now| now.session.is_released() || now.session.claim_id != held) {
             return Ok(None);

@@ -11,12 +11,13 @@ use serde_json::json;
 
 use super::history::{self, Open};
 use crate::error::Result;
+use crate::pg::time;
 use crate::spi::event::{self, Event, EventType};
 use crate::spi::row::Row;
 use crate::spi::session::{self, Session};
 use crate::spi::statement::{Db, Statement};
 use crate::spi::table::Wait;
-use crate::spi::{catalog, directive, guard, time};
+use crate::spi::{catalog, directive, guard};
 
 /// The reason recorded for an acquisition that was ended because it contradicted the sessions.
 const REPAIRED: &str = "repaired";
@@ -206,17 +207,6 @@ pub fn end_finished(db: &Db<'_>, session_id: &str, sd_id: &str, claim_id: i64) -
     }
     let Some(reason) = finished(db, sd_id)? else { return Ok(false) };
     Ok(session::let_go(db, session_id, claim_id, &reason, true)?.is_some())
-}
-
-/// Ends the claim of a session on an SD that is finished or gone, as [`end_finished_of`]. Mostly by a look that takes no
-/// statement.
-pub fn end_finished_of_one(db: &Db<'_>, session_id: &str) -> Result<()> {
-    let Some(session) = session::find(db, session_id)? else { return Ok(()) };
-    let Some((sd_id, _)) = session.claim() else { return Ok(()) };
-    if catalog::is_unfinished_as_known(sd_id)? == Some(true) {
-        return Ok(());
-    }
-    end_finished_of(db, std::slice::from_ref(&session.session_id))
 }
 
 /// Ends those claims of these sessions that are on SDs which are finished or gone. Where somebody keeps readers off the

@@ -7,11 +7,12 @@ use serde_json::json;
 use super::history::{Acquisition, End, close, open_as};
 use super::{contradiction, look};
 use crate::error::Result;
+use crate::pg::time;
 use crate::spi::event::{self, Event, EventType};
 use crate::spi::intent::{self, Intent};
 use crate::spi::session::Session;
 use crate::spi::statement::Db;
-use crate::spi::{heartbeat, manager, time};
+use crate::spi::{heartbeat, manager};
 
 /// The reason recorded for an acquisition that its session gave up for another.
 const SWITCHED: &str = "switched";

@@ -7,6 +7,7 @@ use pgrx::datum::TimestampWithTimeZone;
 use pgrx::pg_sys::BuiltinOid::{INT8OID, TEXTOID};
 
 use crate::error::Result;
+use crate::pg::time;
 use crate::spi::intent::{self, Intent, Meaning};
 use crate::spi::numbers::{self, Kind};
 use crate::spi::row::Row;
@@ -14,7 +15,6 @@ use crate::spi::session::Session;
 use crate::spi::statement::{Db, Statement};
 use crate::spi::table::layout::claims as column;
 use crate::spi::table::{Key, Name, NewRow, Snapshot, Table, TableRow};
-use crate::spi::time;
 
 /// An acquisition that is to be opened.
 #[derive(Debug, Clone, Copy, Default)]
@@ -56,7 +56,7 @@ pub fn open(db: &Db<'_>, opened: Opened<'_>) -> Result<Option<(i64, DateTime<Utc
 /// Adds an acquisition that is open. The unique index decides: false where another one is.
 fn add_open(db: &Db<'_>, row: &NewRow) -> Result<bool> {
     let _meaning = Meaning::to(Intent::History);
-    Table::to_write(db, Name::Claims)?.insert_unless_there(column::OPEN_BY_SD_ID, row)
+    Table::to_write(db, Name::Claims)?.insert_unless_there(db, column::OPEN_BY_SD_ID, row)
 }
 
 /// When an acquisition begins that is being opened.
@@ -269,7 +269,7 @@ pub fn insert(db: &Db<'_>, holder: &Session, end: Option<End<'_>>) -> Result<()>
             .set(column::TAKEN_OVER_BY, end.taken_over_by);
     }
     let _meaning = Meaning::to(Intent::History);
-    Table::to_write(db, Name::Claims)?.insert(&row)
+    Table::to_write(db, Name::Claims)?.insert(db, &row)
 }
 
 static LOST: Statement = Statement::new(

@@ -8,17 +8,20 @@ use pgrx::PgSqlErrorCode;
 
 use crate::error::{ClaimError, Result};
 use crate::guc;
+use crate::pg::time;
 use crate::spi::session::Session;
 use crate::spi::statement::{Db, required};
 use crate::spi::table::layout::sessions;
-use crate::spi::table::{Key, Name, Snapshot, Table};
-use crate::spi::{conflict, directive, guard, heartbeat, hold, time};
+use crate::spi::table::{Key, Name, Snapshot, Table, TableRow};
+use crate::spi::{conflict, directive, guard, heartbeat, hold};
 
 /// The session, the SD and the SD's owner at one moment.
 #[derive(Debug)]
 pub struct Picture {
     /// The session, if it was ever registered.
     pub session: Option<Session>,
+    /// Whether another transaction is writing it.
+    pub is_session_contested: bool,
     /// The SD, if the backlog has it.
     pub sd: Option<Sd>,
     /// Who holds the SD, and whether that session's lease has expired.
@@ -64,19 +67,16 @@ fn look_at(
     let found = directive::find(db, sd_id)?;
     let table = Table::to_read(db, Name::Sessions)?;
     let snapshot = Snapshot::take();
-    let read = |index, key: &str| -> Result<Option<Session>> {
-        let row = table.find(&snapshot, index, Key::Text(key));
-        row.map(|row| Session::read(&row)).transpose()
-    };
-    let session = match session_id {
-        Some(session_id) => read(sessions::BY_SESSION_ID, session_id)?,
-        None => None,
-    };
+    let find = |index, key: &str| table.find(&snapshot, index, Key::Text(key));
+    let row = session_id.and_then(|session_id| find(sessions::BY_SESSION_ID, session_id));
+    let is_session_contested = row.as_ref().is_some_and(TableRow::is_contested);
+    let session = row.map(|row| Session::read(&row)).transpose()?;
     let mut holder = None;
     let mut sd = None;
     if let Some(found) = found {
         if !(trusts_backlog && found.says_free) {
-            holder = read(sessions::BY_SD_ID, &found.sd_id)?;
+            let row = find(sessions::BY_SD_ID, &found.sd_id);
+            holder = row.map(|row| Session::read(&row)).transpose()?;
         }
         sd = Some(Sd {
             hold: hold::find(db, &snapshot, &found.sd_id)?,
@@ -87,7 +87,8 @@ fn look_at(
         });
     }
     let at = time::now();
-    let mut picture = Picture { session, sd, owner: None, is_owner_ahead: false, at };
+    let mut picture =
+        Picture { session, is_session_contested, sd, owner: None, is_owner_ahead: false, at };
     if let Some(holder) = holder {
         let lease = holder.lease(heartbeat::latest_of(db, &holder)?);
         picture.is_owner_ahead = lease.heartbeat_at > at + TimeDelta::seconds(1);

@@ -13,13 +13,14 @@ use serde_json::json;
 use crate::board::Place;
 use crate::error::Result;
 use crate::guc;
+use crate::pg::time;
 use crate::spi::catalog::Catalog;
 use crate::spi::event::{self, Event, EventType};
 use crate::spi::intent::{Intent, Meaning};
 use crate::spi::row::Row;
 use crate::spi::statement::{Db, Statement};
 use crate::spi::table::Wait;
-use crate::spi::{directive, guard, heartbeat, session, time};
+use crate::spi::{directive, guard, heartbeat, session};
 
 /// When four fifths of the greatest age have passed, the audit warns.
 const WARN_AT: f64 = 0.8;

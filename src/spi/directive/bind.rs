@@ -9,10 +9,11 @@ use super::table::TableFacts;
 use super::{attach, mirror};
 use crate::error::{ClaimError, Purpose, Result};
 use crate::identity;
+use crate::pg::lock::{self, Mode};
+use crate::pg::time;
 use crate::spi::catalog;
 use crate::spi::repair::views;
 use crate::spi::statement::{Db, required};
-use crate::spi::time;
 
 /// What binding did.
 #[derive(Debug, serde::Serialize)]
@@ -86,9 +87,7 @@ fn exclude_others(db: &Db<'_>, next: Option<pg_sys::Oid>) -> Result<()> {
     tables.extend(catalog.backlog.as_ref().map(|backlog| backlog.table_oid));
     tables.sort_by_key(|oid| oid.to_u32());
     for table in tables {
-        // SAFETY: locks a relation by its id; waits like any statement and may raise an error,
-        // which unwinds as usual.
-        unsafe { pg_sys::LockRelationOid(table, pg_sys::AccessExclusiveLock as i32) };
+        lock::relation(table, Mode::AccessExclusive);
     }
     let schema = &catalog.schema;
     db.run_once(&format!("LOCK TABLE {schema}.sd_claims IN SHARE ROW EXCLUSIVE MODE"), &[])?;

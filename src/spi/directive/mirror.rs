@@ -2,10 +2,11 @@
 
 use pg_claims_core::text::MOST_SHOWN;
 use pgrx::datum::DatumWithOid;
+use pgrx::pg_sys;
 use pgrx::pg_sys::BuiltinOid::TEXTOID;
 
 use super::backlog::Deferrable;
-use super::{Backlog, own};
+use super::{Backlog, mirror_row, own};
 use crate::error::{ClaimError, Result};
 use crate::identity::Role;
 use crate::spi::catalog::{self, Catalog};
@@ -13,7 +14,7 @@ use crate::spi::intent::{Intent, Meaning};
 use crate::spi::row::Row;
 use crate::spi::session::{self, Session};
 use crate::spi::statement::{Db, Statement};
-use crate::spi::table::{Lock, Wait};
+use crate::spi::table::{self, Key, Lock, Wait};
 use crate::spi::wait;
 
 // One SD a statement: for a list the server would plan anew each time, as it cannot know how long
@@ -22,7 +23,7 @@ static LOCK: Statement = Statement::new(
     |catalog| {
         over_backlog(catalog, "SELECT 1 WHERE $1 IS NULL", |b| {
             format!(
-                "SELECT 1 FROM {} b WHERE {} = $1 FOR NO KEY UPDATE OF b",
+                "SELECT b.ctid, b.tableoid FROM {} b WHERE {} = $1 FOR NO KEY UPDATE OF b",
                 b.from,
                 b.canonical()
             )
@@ -187,16 +188,32 @@ fn lock_one(db: &Db<'_>, sd_id: &str, is_own: bool) -> Result<bool> {
         }
         return Ok(matches!(lock, Lock::Held(_)));
     }
-    let sd_id = [sd_id.into()];
-    Ok(run_as_owner(db, &TRY_LOCK, &sd_id)? > 0
-        || wait::giving_way_unless_guarding(|| run_as_owner(db, &LOCK, &sd_id))? > 0)
+    Ok(lock_bound(db, &TRY_LOCK, sd_id)?
+        || wait::giving_way_unless_guarding(|| lock_bound(db, &LOCK, sd_id))?)
+}
+
+/// Locks the SD's row by a statement, and remembers where it is. Whether there was one to lock.
+fn lock_bound(db: &Db<'_>, statement: &'static Statement, sd_id: &str) -> Result<bool> {
+    as_owner(db, |db| {
+        let rows = db.run(statement, &[sd_id.into()])?;
+        if rows.len() == 1 {
+            let row = rows.first();
+            let place: Option<pg_sys::ItemPointerData> = row.get(1)?;
+            let table: Option<pg_sys::Oid> = row.get(2)?;
+            if let (Some(table), Some(place)) = (table, place) {
+                table::remember(table, Key::Text(sd_id), place);
+            }
+            return Ok(true);
+        }
+        Ok(!rows.is_empty())
+    })
 }
 
 static TRY_LOCK: Statement = Statement::new(
     |catalog| {
         over_backlog(catalog, "SELECT 1 WHERE $1 IS NULL", |b| {
             format!(
-                "SELECT 1 FROM {} b WHERE {} = $1 FOR NO KEY UPDATE OF b SKIP LOCKED",
+                "SELECT b.ctid, b.tableoid FROM {} b WHERE {} = $1 FOR NO KEY UPDATE OF b SKIP LOCKED",
                 b.from,
                 b.canonical()
             )
@@ -221,8 +238,7 @@ pub fn try_lock(db: &Db<'_>, sd_id: &str) -> Result<bool> {
     if db.catalog()?.is_own_backlog_in_use {
         return Ok(!matches!(own::lock(db, sd_id, Wait::Skip)?, Lock::Busy));
     }
-    Ok(run_as_owner(db, &TRY_LOCK, &[sd_id.into()])? > 0
-        || run_as_owner(db, &EXISTS, &[sd_id.into()])? == 0)
+    Ok(lock_bound(db, &TRY_LOCK, sd_id)? || run_as_owner(db, &EXISTS, &[sd_id.into()])? == 0)
 }
 
 /// Makes the backlog say that `session_id` works on the SD, or nobody.
@@ -231,21 +247,29 @@ pub fn sync(db: &Db<'_>, sd_id: &str, session_id: Option<&str>) -> Result<()> {
         sd_id: sd_id.to_owned(),
         session_id: session_id.map(str::to_owned),
     });
-    let is_as_asked = as_owner(db, |db| {
-        set_constraints(db, true)?;
-        let is_as_asked = if db.catalog()?.is_own_backlog_in_use {
-            own::sync(db, sd_id, session_id)?
-        } else {
-            sync_bound(db, sd_id, session_id)?
-        };
-        set_constraints(db, false)?;
-        Ok(is_as_asked)
-    })?;
+    let is_as_asked = if db.catalog()?.is_own_backlog_in_use {
+        own::sync(db, sd_id, session_id)?
+    } else {
+        write_as_owner(db, || sync_bound(db, sd_id, session_id))?
+    };
     if is_as_asked { Ok(()) } else { Err(ClaimError::MirrorRefused { sd_id: sd_id.to_owned() }) }
 }
 
-/// The same by a statement. False where a trigger of the user's has had its own way.
+/// Does a write that may run code of the backlog's owner, with the rights of that owner.
+pub(super) fn write_as_owner<R>(db: &Db<'_>, write: impl FnOnce() -> Result<R>) -> Result<R> {
+    as_owner(db, |db| {
+        set_constraints(db, true)?;
+        let done = write()?;
+        set_constraints(db, false)?;
+        Ok(done)
+    })
+}
+
+/// The same in a bound backlog. Mostly the row is locked and need not be found again.
 fn sync_bound(db: &Db<'_>, sd_id: &str, session_id: Option<&str>) -> Result<bool> {
+    if let Some(says) = mirror_row::sync_locked(&*db.catalog()?, sd_id, session_id)? {
+        return Ok(says);
+    }
     let arguments = [sd_id.into(), session_id.into()];
     match db.first_row(&SYNC, &arguments)? {
         Some(row) => row.flag(1),

@@ -26,6 +26,7 @@ mod find;
 mod guarded;
 mod indexes;
 mod mirror;
+mod mirror_row;
 mod own;
 mod partitions;
 mod table;

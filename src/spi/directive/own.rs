@@ -2,14 +2,16 @@
 
 use std::rc::Rc;
 
-use crate::error::{ClaimError, Result};
+use crate::error::Result;
 use crate::spi::catalog::Catalog;
 use crate::spi::row::Row;
 use crate::spi::statement::Db;
 use crate::spi::table::layout::directives as column;
-use crate::spi::table::{Key, Lock, Name, NewRow, Snapshot, Table, TableRow, Wait};
+use crate::spi::table::{Key, Lock, Name, Snapshot, Table, TableRow, Wait};
 
 use super::Found;
+use super::mirror::write_as_owner;
+use super::mirror_row::MirrorRow;
 
 /// The SD of that id.
 pub fn find(db: &Db<'_>, sd_id: &str) -> Result<Option<Found>> {
@@ -87,22 +89,10 @@ pub fn sync(db: &Db<'_>, sd_id: &str, session_id: Option<&str>) -> Result<bool> 
         let Some(row) = table.find(&snapshot, column::BY_SD_ID, Key::Text(sd_id)) else {
             return Ok(true);
         };
-        if says(&row, session_id)? {
-            return Ok(true);
-        }
-        let new = NewRow::default()
-            .set(column::IS_WORKING_ON, session_id.is_some())
-            .set(column::ACTIVE_SESSION_ID, session_id);
-        match table.update(&snapshot, &row, &new) {
-            Ok(Some(written)) => return says(&written, session_id),
-            Ok(None) => {}
-            Err(ClaimError::WriteRefused { .. }) => return Ok(false),
-            Err(error) => return Err(error),
+        let write = || MirrorRow::OWN.write(&table, &snapshot, &row, session_id);
+        let says = if table.runs_others_code() { write_as_owner(db, write) } else { write() };
+        if let Some(says) = says? {
+            return Ok(says);
         }
     }
-}
-
-fn says(row: &TableRow, session_id: Option<&str>) -> Result<bool> {
-    Ok(row.flag(column::IS_WORKING_ON)? == session_id.is_some()
-        && row.text(column::ACTIVE_SESSION_ID)?.as_deref() == session_id)
 }

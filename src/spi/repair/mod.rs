@@ -8,10 +8,11 @@ pub mod views;
 
 use crate::board;
 use crate::error::{ClaimError, Result};
+use crate::pg::time;
 use crate::spi::claim::contradiction::{self, Contradiction};
 use crate::spi::statement::Db;
 use crate::spi::table::Wait;
-use crate::spi::{catalog, directive, session, time};
+use crate::spi::{catalog, directive, session};
 
 /// How many rows one look finds.
 const BATCH: i32 = 1000;

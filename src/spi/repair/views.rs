@@ -1,9 +1,8 @@
 //! The extension's views, and the function among them.
 
-use pgrx::pg_sys;
-
 use super::Report;
 use crate::error::{ClaimError, Result};
+use crate::pg::backend;
 use crate::spi::directive;
 use crate::spi::row::Row;
 use crate::spi::statement::Db;
@@ -89,8 +88,7 @@ pub fn make_missing(db: &Db<'_>) -> Result<()> {
     if !missing.is_empty() {
         directive::rebuild_views(db)?;
         // Everybody learns of a change of the backlog by that of the view, and of this one by a table that stays.
-        // SAFETY: tells every process once this is committed; the table is there.
-        unsafe { pg_sys::CacheInvalidateRelcacheByRelid(catalog.sessions) };
+        backend::invalidate(catalog.sessions);
     }
     for view in missing {
         take_in(db, &schema, "VIEW", view, view)?;

@@ -16,10 +16,11 @@ use super::statement::{Db, Statement, required};
 use super::table::layout::Index;
 use super::table::layout::sessions as column;
 use super::table::{Key, Name, Snapshot, Table};
-use super::{time, wait};
+use super::wait;
 use crate::error::Result;
 use crate::identity::Role;
 use crate::jsonb::Jsonb;
+use crate::pg::time;
 
 pub use owner::{assign, follow_renames};
 pub use row::Session;
@@ -28,6 +29,14 @@ pub use write::{Held, change, hold};
 /// The session, if it was ever registered.
 pub fn find(db: &Db<'_>, session_id: &str) -> Result<Option<Session>> {
     find_by(db, column::BY_SESSION_ID, session_id)
+}
+
+/// The same, and whether another transaction is writing it.
+pub fn find_contested(db: &Db<'_>, session_id: &str) -> Result<Option<(Session, bool)>> {
+    let table = Table::to_read(db, Name::Sessions)?;
+    let snapshot = Snapshot::take();
+    let found = table.find(&snapshot, column::BY_SESSION_ID, Key::Text(session_id));
+    found.map(|row| Ok((Session::read(&row)?, row.is_contested()))).transpose()
 }
 
 /// Waits for whoever is writing the session, such as a heartbeat or a claim of its own in an open transaction,

@@ -5,10 +5,10 @@ use pg_claims_core::lease::Lease;
 
 use crate::error::Result;
 use crate::identity::Role;
+use crate::pg::time;
 use crate::spi::row::Row;
 use crate::spi::table::NewRow;
 use crate::spi::table::layout::sessions as column;
-use crate::spi::time;
 
 /// What is to be known of a session in order to decide about it.
 #[derive(Debug, Clone, PartialEq)]

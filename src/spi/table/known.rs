@@ -43,6 +43,11 @@ impl Known {
         })
     }
 
+    /// A table that is only written where its rows are known to be.
+    pub(super) fn without_indexes(oid: pg_sys::Oid) -> Self {
+        Self { oid, indexes: Vec::new(), spare_indexes: Vec::new(), key: None }
+    }
+
     /// The primary key's position, if that is what the index is on.
     pub(super) fn key_of(&self, index: layout::Index) -> Option<usize> {
         self.key.filter(|_| index.0 == 0)

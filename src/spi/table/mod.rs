@@ -20,7 +20,7 @@ mod write;
 
 use std::rc::Rc;
 
-use pgrx::pg_sys;
+use pgrx::{PgTupleDesc, pg_sys};
 
 use super::catalog::{self, Catalog};
 use super::statement::Db;
@@ -28,7 +28,7 @@ use crate::error::{ClaimError, Result};
 use layout::Layout;
 
 pub use known::{AllKnown, Known};
-pub use places::init;
+pub use places::{init, remember};
 pub use read::{Key, TableRow};
 pub use snapshot::Snapshot;
 pub use write::{Lock, NewRow, Wait};
@@ -74,6 +74,8 @@ pub struct Table {
     /// The extension that it belongs to.
     extension: pg_sys::Oid,
     relation: pg_sys::Relation,
+    /// Whether a write may run code that is neither the server's nor the extension's.
+    runs_others_code: bool,
 }
 
 impl Table {
@@ -82,11 +84,24 @@ impl Table {
         Self::open(db, name, pg_sys::AccessShareLock)
     }
 
-    /// Opens it for rows to be locked or written.
+    /// Opens it for rows to be locked or written. Whatever code of others is on it runs with the rights of the
+    /// extension's owner, as by a statement; and what the executor needs is made with them.
     pub fn to_write(db: &Db<'_>, name: Name) -> Result<Self> {
-        // Whatever code is on the table runs with the rights of the extension's owner, as by a statement.
-        db.take_rights()?;
-        Self::open(db, name, pg_sys::RowExclusiveLock)
+        let table = Self::open(db, name, pg_sys::RowExclusiveLock)?;
+        if table.runs_others_code || !target::is_kept(table.oid()) {
+            db.take_rights()?;
+        }
+        Ok(table)
+    }
+
+    /// Opens a bound backlog for rows to be written whose places are remembered. With the rights of whoever does so, who has
+    /// locked it already. `None` where it is no plain table, or has rules: only statements go by them.
+    pub fn to_write_bound(catalog: &Catalog, table: pg_sys::Oid) -> Option<Self> {
+        let known = Rc::new(Known::without_indexes(table));
+        let table = Self::open_relation(catalog, known, pg_sys::RowExclusiveLock)?;
+        // SAFETY: the table is open.
+        let form = unsafe { &*(*table.relation).rd_rel };
+        (form.relkind as u8 == pg_sys::RELKIND_RELATION && !form.relhasrules).then_some(table)
     }
 
     /// Opens it to be read as it is known. `None` where it is known no more.
@@ -103,18 +118,21 @@ impl Table {
             if catalog.table(name).is_none() {
                 return Err(ClaimError::Corrupt { what: name.layout().name });
             }
-            let Some(table) = Self::open_known(&catalog, name, mode) else {
+            let Some(mut table) = Self::open_known(&catalog, name, mode) else {
                 catalog::doubt();
                 continue;
             };
             // Whoever was waited for may have changed it; from here on nobody can. It counts what it is like: that
             // the catalogue is read once more, for whatever reason, does not mean that this has changed.
             if catalog::known().is_none() && catalog::is_still(&catalog, name, &table.known) {
+                // Whose code is on it may have changed.
+                table.runs_others_code = true;
                 return Ok(table);
             }
             let now = db.catalog()?;
             let is_so = |now: &Rc<Known>| Rc::ptr_eq(now, &table.known) || **now == *table.known;
             if now.table(name).is_some_and(is_so) {
+                table.runs_others_code = now.runs_others_code(name);
                 return Ok(table);
             }
         }
@@ -124,14 +142,19 @@ impl Table {
 
     /// `None` where it is not there any more.
     fn open_known(catalog: &Catalog, name: Name, mode: u32) -> Option<Self> {
-        let known = Rc::clone(catalog.table(name)?);
+        let mut table = Self::open_relation(catalog, Rc::clone(catalog.table(name)?), mode)?;
+        table.runs_others_code = catalog.runs_others_code(name);
+        Some(table)
+    }
+
+    fn open_relation(catalog: &Catalog, known: Rc<Known>, mode: u32) -> Option<Self> {
         // SAFETY: null if there is no such table any more; closed on drop, or by the server when the
         // transaction aborts.
         let relation = unsafe { pg_sys::try_relation_open(known.oid, mode as pg_sys::LOCKMODE) };
         if relation.is_null() {
             return None;
         }
-        Some(Self { known, extension: catalog.extension, relation })
+        Some(Self { known, extension: catalog.extension, relation, runs_others_code: true })
     }
 
     /// The table.
@@ -139,10 +162,26 @@ impl Table {
         self.known.oid
     }
 
+    /// The position of a column of that name, if it is of that very type.
+    pub fn position_of(&self, column: &str, of_type: pg_sys::Oid) -> Option<usize> {
+        // SAFETY: the table is open, and its description stays while it is.
+        let columns = unsafe { PgTupleDesc::from_pg_unchecked((*self.relation).rd_att) };
+        let is_it = |known: &pg_sys::FormData_pg_attribute| {
+            !known.attisdropped && known.atttypid == of_type && known.name() == column
+        };
+        columns.iter().position(is_it).map(|at| at + 1)
+    }
+
     /// Its name.
     fn name(&self) -> String {
         // SAFETY: the table is open.
         unsafe { pgrx::name_data_to_str(&(*(*self.relation).rd_rel).relname).to_owned() }
+    }
+
+    /// Whether a write may run code that is neither the server's nor the extension's: triggers, constraints, defaults,
+    /// what an index says.
+    pub fn runs_others_code(&self) -> bool {
+        self.runs_others_code
     }
 
     /// Whether it has all indexes by which it is read.

@@ -6,11 +6,11 @@
 //! itself from going away; what is there now must be looked at.
 
 use std::cell::{Cell, RefCell};
-use std::ffi::c_void;
 
 use pgrx::pg_sys;
 
 use super::Key;
+use crate::pg::transaction::{self, End};
 use crate::spi::catalog;
 
 /// So many places are remembered at most.
@@ -45,13 +45,18 @@ thread_local! {
     static IS_USED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Asks the server to tell how transactions and subtransactions end.
+/// Forgets when a transaction has ended, and when a savepoint was rolled back, which gives its locks on tables back.
 pub fn init() {
-    // SAFETY: runs once per process; the callbacks live as long as the library.
-    unsafe {
-        pg_sys::RegisterXactCallback(Some(transaction_ends), std::ptr::null_mut());
-        pg_sys::RegisterSubXactCallback(Some(subtransaction_ends), std::ptr::null_mut());
-    }
+    transaction::at_end(|end| {
+        if end != End::PreCommit {
+            forget();
+        }
+    });
+    transaction::at_savepoint_end(|end| {
+        if end.is_rolled_back {
+            forget();
+        }
+    });
 }
 
 /// Where the row was last.
@@ -89,24 +94,5 @@ pub fn remember(table: pg_sys::Oid, key: Key<'_>, at: pg_sys::ItemPointerData) {
 fn forget() {
     if IS_USED.replace(false) {
         PLACES.with_borrow_mut(Vec::clear);
-    }
-}
-
-unsafe extern "C-unwind" fn transaction_ends(event: pg_sys::XactEvent::Type, _: *mut c_void) {
-    use pg_sys::XactEvent::{XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PREPARE};
-    if [XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PREPARE].contains(&event) {
-        forget();
-    }
-}
-
-// A subtransaction that is rolled back gives its locks on tables back.
-unsafe extern "C-unwind" fn subtransaction_ends(
-    event: pg_sys::SubXactEvent::Type,
-    _: pg_sys::SubTransactionId,
-    _: pg_sys::SubTransactionId,
-    _: *mut c_void,
-) {
-    if event == pg_sys::SubXactEvent::SUBXACT_EVENT_ABORT_SUB {
-        forget();
     }
 }

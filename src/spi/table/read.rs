@@ -11,8 +11,8 @@ use super::layout::{Index, SpareIndex};
 use super::{Snapshot, Table, places};
 use crate::error::{ClaimError, Result};
 use crate::identity::Role;
+use crate::pg::time;
 use crate::spi::row::Row;
-use crate::spi::time;
 
 /// What an index is asked for: the value of its first column.
 #[derive(Debug, Clone, Copy)]
@@ -55,10 +55,7 @@ impl Table {
         let Some(column) = self.known.key_of(index) else {
             return self.find_where(snapshot, index, key, |_| true);
         };
-        let row = match places::recall(self.known.oid, key) {
-            Some(place) => self.at(snapshot, place).filter(|row| row.has(column, key)),
-            None => None,
-        };
+        let row = self.recall(snapshot, key).filter(|row| row.has(column, key));
         let row = row.or_else(|| self.find_where(snapshot, index, key, |_| true))?;
         self.remember(key, &row);
         Some(row)
@@ -68,6 +65,11 @@ impl Table {
     pub fn remember(&self, key: Key<'_>, row: &TableRow) {
         // SAFETY: the row's place is set.
         places::remember(self.known.oid, key, unsafe { *row.place() });
+    }
+
+    /// The row with this key where this transaction has found it, if it is still there.
+    pub fn recall(&self, snapshot: &Snapshot, key: Key<'_>) -> Option<TableRow> {
+        self.at(snapshot, places::recall(self.known.oid, key)?)
     }
 
     /// The row at a place, if the snapshot shows that one.

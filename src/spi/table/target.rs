@@ -5,6 +5,7 @@
 //! server says that a table or a function has changed.
 
 use std::cell::RefCell;
+use std::ffi::CStr;
 use std::mem::ManuallyDrop;
 
 use pgrx::pg_sys::{self, EState, MemoryContext, ResultRelInfo};
@@ -44,6 +45,12 @@ thread_local! {
         const { RefCell::new(ManuallyDrop::new(Vec::new())) };
     /// Memory of targets that an error has left behind, which is given back when the next one is made.
     static LEFT: RefCell<Vec<MemoryContext>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Whether there is a target of the table already.
+pub fn is_kept(table: pg_sys::Oid) -> bool {
+    let is_it = |target: &Target| target.table == table && target.made_of.is_current();
+    KEPT.with_borrow(|all| all.iter().any(is_it))
 }
 
 impl Target {
@@ -119,7 +126,7 @@ impl Target {
             };
             self.indexes = (0..count).map(|at| (**indexes.add(at)).rd_id).collect();
             self.defaults = defaults_of(self.state, table.relation);
-            self.before_triggers = before_triggers_of(self.relation, table.extension);
+            self.before_triggers = sort_triggers(self.relation, table.extension);
             let constraints = (*(*table.relation).rd_att).constr;
             self.may_be_kept = constraints.is_null() || !(*constraints).has_generated_stored;
         }
@@ -188,6 +195,11 @@ impl Target {
             pg_sys::AfterTriggerEndQuery(self.state);
             done
         }
+    }
+
+    /// Whether a column that is not given a value has a default.
+    pub fn has_default_unless(&self, is_given: impl Fn(usize) -> bool) -> bool {
+        self.defaults.iter().any(|(position, _)| !is_given(*position))
     }
 
     /// Gives the columns their defaults that the row is not given a value for.
@@ -366,25 +378,31 @@ struct BeforeTrigger {
     columns: Vec<i16>,
 }
 
+/// The one AFTER trigger of the extension's that has nothing to do for a write of its own: the heartbeat that it writes is
+/// never earlier than the last one.
+const SET_BACK: &CStr = c"claude_sessions_set_back_trigger";
+
+/// The BEFORE triggers of others. Where there is none, nobody changes what the extension writes: then those of its own
+/// triggers that would let it pass are taken out of this copy of the table's.
+///
 /// # Safety
-/// The server must have made `relation`.
-unsafe fn before_triggers_of(
+/// The server must have made `relation`, and not have used it yet.
+unsafe fn sort_triggers(
     relation: *mut ResultRelInfo,
     extension: pg_sys::Oid,
 ) -> Vec<BeforeTrigger> {
-    // SAFETY: both lists have as many elements as the server says.
+    // SAFETY: both lists have as many elements as the server says. What the server has of each trigger besides is filled
+    // when it is first used.
     unsafe {
-        let all = (*relation).ri_TrigDesc;
-        if all.is_null() {
-            return Vec::new();
-        }
-        let all = std::slice::from_raw_parts((*all).triggers, (*all).numtriggers as usize);
-        let of_others = all.iter().filter(|trigger| {
-            trigger.tgtype as u32 & pg_sys::TRIGGER_TYPE_BEFORE != 0
-                && pg_sys::getExtensionOfObject(pg_sys::ProcedureRelationId, trigger.tgfoid)
-                    != extension
-        });
-        of_others
+        let Some(copy) = (*relation).ri_TrigDesc.as_mut() else { return Vec::new() };
+        let all = std::slice::from_raw_parts_mut(copy.triggers, copy.numtriggers as usize);
+        let is_before =
+            |trigger: &pg_sys::Trigger| trigger.tgtype as u32 & pg_sys::TRIGGER_TYPE_BEFORE != 0;
+        let is_own = |trigger: &pg_sys::Trigger| {
+            pg_sys::getExtensionOfObject(pg_sys::ProcedureRelationId, trigger.tgfoid) == extension
+        };
+        let of_others = all.iter().filter(|trigger| is_before(trigger) && !is_own(trigger));
+        let of_others: Vec<_> = of_others
             .map(|trigger| BeforeTrigger {
                 kind: trigger.tgtype as u32,
                 columns: match usize::try_from(trigger.tgnattr) {
@@ -394,7 +412,20 @@ unsafe fn before_triggers_of(
                     _ => Vec::new(),
                 },
             })
-            .collect()
+            .collect();
+        if of_others.is_empty() {
+            let mut count = 0;
+            for at in 0..all.len() {
+                let trigger = all[at];
+                let passes = is_before(&trigger) || CStr::from_ptr(trigger.tgname) == SET_BACK;
+                if !(passes && is_own(&trigger)) {
+                    all[count] = trigger;
+                    count += 1;
+                }
+            }
+            copy.numtriggers = count as i32;
+        }
+        of_others
     }
 }
 

@@ -10,7 +10,8 @@ use super::layout::Index;
 use super::target::{Fires, Target};
 use super::{Snapshot, Table, TableRow, executor};
 use crate::error::{ClaimError, Result};
-use crate::spi::time;
+use crate::pg::time;
+use crate::spi::statement::Db;
 
 /// What to do about a row that another transaction is writing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -269,26 +270,35 @@ impl Table {
 
     /// Adds a row, as a statement of the server's would; columns without a value get their default. Waits for a transaction
     /// that is just adding one of the same key, and is an error if there is one, or where a trigger suppresses the write.
-    pub fn insert(&self, new: &NewRow) -> Result<()> {
-        self.insert_unless(None, new).map(drop)
+    pub fn insert(&self, db: &Db<'_>, new: &NewRow) -> Result<()> {
+        self.insert_unless(db, None, new).map(drop)
     }
 
     /// The same, but false where another row has the same key in a unique index.
-    pub fn insert_unless_there(&self, unique: Index, new: &NewRow) -> Result<bool> {
-        self.insert_unless(Some(self.known.index(unique)), new)
+    pub fn insert_unless_there(&self, db: &Db<'_>, unique: Index, new: &NewRow) -> Result<bool> {
+        self.insert_unless(db, Some(self.known.index(unique)), new)
     }
 
-    fn insert_unless(&self, unique: Option<pg_sys::Oid>, new: &NewRow) -> Result<bool> {
+    fn insert_unless(
+        &self,
+        db: &Db<'_>,
+        unique: Option<pg_sys::Oid>,
+        new: &NewRow,
+    ) -> Result<bool> {
         // SAFETY: asks about this transaction.
         unsafe { check_may_write(c"INSERT") };
         let mut target = Target::of(self, std::iter::empty())?;
+        let is_given = |position| new.values.iter().any(|(given, _)| *given == position);
+        if target.has_default_unless(is_given) {
+            // Somebody has given it a default since.
+            db.take_rights()?;
+        }
         let written = self.empty_row();
         // SAFETY: the slot is of this table, and all its columns are filled.
         let is_written = unsafe {
             let columns = (*(*self.relation).rd_att).natts as usize;
             std::slice::from_raw_parts_mut((*written.slot).tts_isnull, columns).fill(true);
             new.fill(written.slot);
-            let is_given = |position| new.values.iter().any(|(given, _)| *given == position);
             target.fill_defaults(written.slot, is_given);
             pg_sys::ExecStoreVirtualTuple(written.slot);
             let fires = target.fires(pg_sys::CmdType::CMD_INSERT);
