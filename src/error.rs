@@ -475,31 +475,3 @@ fn cut(text: String) -> String {
         Some((at, _)) => format!("{}…", &text[..at]),
     }
 }
-
-/// Accepts an id argument, or says which argument breaks which rule.
-pub fn checked_id<'a>(argument: &'static str, id: Option<&'a str>) -> Result<&'a str> {
-    pg_claims_core::id::check(id).map_err(|rule| ClaimError::InvalidId { argument, rule })
-}
-
-/// The longest fact that a session tells of itself, and the longest track, in characters.
-pub const MAX_FACT_CHARACTERS: usize = 255;
-
-/// The longest reason and note, in characters.
-pub const MAX_REASON_CHARACTERS: usize = 1000;
-
-/// Accepts a text of up to `most` characters: others are shown it with each refusal.
-pub fn checked_text<'a>(
-    argument: &'static str,
-    text: Option<&'a str>,
-    most: usize,
-) -> Result<Option<&'a str>> {
-    // Bytes bound characters from above.
-    if text.is_none_or(|text| text.len() <= most || text.chars().count() <= most) {
-        return Ok(text);
-    }
-    Err(ClaimError::InvalidArgument {
-        argument,
-        reason: format!("must not be longer than {most} characters"),
-        hint: Some("Say it shorter; others are shown it. Keep the rest elsewhere.".into()),
-    })
-}

@@ -6,10 +6,9 @@ use pg_claims_core::text;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
-use super::{
-    answer, check_may_act_for, checked_track, mandatory_reason, reason_or, running, shared,
-};
-use crate::error::{Result, checked_id};
+use super::argument::{checked_id, checked_track, mandatory_reason, reason_or};
+use super::{answer, check_may_act_for, running, shared};
+use crate::error::Result;
 use crate::identity;
 use crate::jsonb::Jsonb;
 use crate::spi::claim::{self, Request};

@@ -5,8 +5,9 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde_json::{Value, json};
 
+use super::argument::checked_id;
 use super::{answer, running};
-use crate::error::{ClaimError, Result, checked_id};
+use crate::error::{ClaimError, Result};
 use crate::jsonb::Jsonb;
 use crate::spi::{Db, claim, conflict, directive};
 

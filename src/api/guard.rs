@@ -5,8 +5,9 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde_json::json;
 
+use super::argument::checked_id;
 use super::{check_may_act_as, running, shared};
-use crate::error::{ClaimError, Result, checked_id};
+use crate::error::{ClaimError, Result};
 use crate::jsonb::Jsonb;
 use crate::spi::claim::contradiction;
 use crate::spi::guard::Acquisition;

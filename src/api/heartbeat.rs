@@ -10,8 +10,9 @@ use pgrx::datum::Interval;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
+use super::argument::{MAX_REASON_CHARACTERS, checked_id, checked_text};
 use super::{answer, check_may_act_for, may_act_for_all, running, shared};
-use crate::error::{ClaimError, MAX_REASON_CHARACTERS, Result, checked_id, checked_text};
+use crate::error::{ClaimError, Result};
 use crate::guc;
 use crate::identity;
 use crate::jsonb::Jsonb;

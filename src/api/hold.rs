@@ -5,8 +5,9 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde_json::{Value, json};
 
-use super::{answer, mandatory_reason, running};
-use crate::error::{Result, checked_id};
+use super::argument::{checked_id, mandatory_reason};
+use super::{answer, running};
+use crate::error::Result;
 use crate::jsonb::Jsonb;
 use crate::spi::{Db, claim, directive, hold};
 

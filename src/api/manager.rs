@@ -7,9 +7,10 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde_json::Value;
 
+use super::argument::checked_id;
 use super::heartbeat::{beat, checked_session};
 use super::{answer, running, shared};
-use crate::error::{Result, checked_id};
+use crate::error::Result;
 use crate::jsonb::Jsonb;
 use crate::pg::time;
 use crate::spi::Db;

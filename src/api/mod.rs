@@ -3,6 +3,7 @@
 //! All are entered with the caller's rights and take those of the extension's owner inside (see
 //! [`identity`]), a few only from their first statement or write on; none is STRICT, so that a NULL is answered with an error that names the argument.
 
+mod argument;
 pub mod board;
 mod check;
 mod claim;
@@ -23,7 +24,7 @@ pub mod shared;
 use pg_claims_core::refusal::Refusal;
 use serde::Serialize;
 
-use crate::error::{ClaimError, MAX_FACT_CHARACTERS, MAX_REASON_CHARACTERS, Result, checked_text};
+use crate::error::{ClaimError, Result};
 use crate::identity::{self, Role, running};
 use crate::jsonb::Jsonb;
 use crate::spi::Db;
@@ -66,26 +67,4 @@ fn may_act_for_all(db: &Db<'_>, session_ids: &[String]) -> Result<()> {
         }
         _ => Ok(()),
     }
-}
-
-/// A reason that must be given.
-fn mandatory_reason(reason: Option<&str>) -> Result<&str> {
-    checked_text("p_reason", reason, MAX_REASON_CHARACTERS)?
-        .filter(|reason| !reason.trim().is_empty())
-        .ok_or_else(|| ClaimError::InvalidArgument {
-            argument: "p_reason",
-            reason: "must not be NULL or blank".into(),
-            hint: Some("Say why, for whoever reads the audit.".into()),
-        })
-}
-
-/// A reason as it is recorded: without one the default.
-fn reason_or<'a>(reason: Option<&'a str>, default: &'a str) -> Result<&'a str> {
-    let reason = checked_text("p_reason", reason, MAX_REASON_CHARACTERS)?;
-    Ok(reason.filter(|reason| !reason.trim().is_empty()).unwrap_or(default))
-}
-
-/// The track of a claim, or of the queue.
-fn checked_track(track: Option<&str>) -> Result<Option<&str>> {
-    checked_text("p_track", track, MAX_FACT_CHARACTERS)
 }

@@ -10,8 +10,9 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde::Serialize;
 
-use super::{answer, check_may_act_for, checked_track, json, running, shared};
-use crate::error::{ClaimError, Result, checked_id};
+use super::argument::{checked_id, checked_track};
+use super::{answer, check_may_act_for, json, running, shared};
+use crate::error::{ClaimError, Result};
 use crate::guc;
 use crate::jsonb::Jsonb;
 use crate::spi::claim::{self, Request};

@@ -9,8 +9,9 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde_json::json;
 
-use super::{answer, check_may_act_for, reason_or, running, shared};
-use crate::error::{ClaimError, MAX_FACT_CHARACTERS, Result, checked_id, checked_text};
+use super::argument::{MAX_FACT_CHARACTERS, checked_id, checked_text, reason_or};
+use super::{answer, check_may_act_for, running, shared};
+use crate::error::{ClaimError, Result};
 use crate::identity::Role;
 use crate::jsonb::Jsonb;
 use crate::pg::time;

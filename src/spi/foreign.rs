@@ -67,9 +67,9 @@ macro_rules! found {
 pub struct Code {
     /// A definition by which code of somebody's would run who has not the rights of the extension's owner, described.
     pub of_ordinary_role: Option<String>,
-    /// The tables whose writes run more than what the installation script has put there: a trigger, a constraint, a generated
-    /// column, an expression of an index, or what those of the script's use by now. And those with row-level security, which
-    /// asks who writes. Of defaults the writer itself knows.
+    /// The tables whose writes run more than what the installation script has put there: a trigger, a CHECK, a foreign key from
+    /// or to it, a generated column, an expression of an index, or what those of the script's use by now. And those with
+    /// deferrable constraints, or with row-level security, which asks who writes. Of defaults the writer itself knows.
     pub tables: Vec<pg_sys::Oid>,
 }
 
@@ -112,6 +112,12 @@ pub fn code(db: &Db<'_>) -> Result<Code> {
                                      'pg_catalog.pg_opfamily'::pg_catalog.regclass,
                                      'pg_catalog.pg_type'::pg_catalog.regclass)
                 AND NOT EXISTS (SELECT FROM member m WHERE m.classid = d.refclassid AND m.objid = d.refobjid)
+              UNION ALL
+             SELECT NULL, o.relation, NULL, NULL, NULL FROM own o
+               JOIN pg_catalog.pg_constraint k ON k.conrelid = o.relation AND (k.contype = 'f' OR k.condeferrable)
+              UNION ALL
+             SELECT NULL, o.relation, NULL, NULL, NULL FROM own o
+               JOIN pg_catalog.pg_constraint k ON k.confrelid = o.relation AND k.contype = 'f'
               UNION ALL
              SELECT NULL, o.relation, NULL, NULL, NULL FROM own o
                JOIN pg_catalog.pg_attribute a ON a.attrelid = o.relation AND a.attgenerated <> ''

@@ -75,7 +75,7 @@ pub fn beat(
         let before = row.required_instant(column::HEARTBEAT_AT, "claude_sessions.heartbeat_at")?;
         let heartbeat_at = before.max(time::now());
         let new = NewRow::default().set(column::HEARTBEAT_AT, time::to_server(heartbeat_at)?);
-        if table.update(&snapshot, &row, &new)?.is_none() {
+        if table.update(db, &snapshot, &row, &new)?.is_none() {
             continue;
         }
         let beat = Beat {

@@ -8,13 +8,17 @@ use crate::board::Place;
 use crate::error::Result;
 use crate::pg::time;
 use crate::spi::intent::{self, Intent};
-use crate::spi::{Db, Rights, claim, directive, installation};
+use crate::spi::{Db, Rights, catalog, claim, directive, installation};
 
 /// The heartbeat board, the claim history and the audit, and who works on the SD in the backlog.
 #[pg_trigger]
 pub fn sync_is_working_on_with_session<'a>(trigger: &'a PgTrigger<'a>) -> Row<'a> {
-    if intent::is(&Intent::Own) {
-        return run(|| follow(trigger, Rights::of_owner(function_of(trigger))));
+    // The extension's own write takes rights only where they are needed. Its write of a bound backlog is announced as well,
+    // and that may have this trigger, which its owner may have put there.
+    let function = function_of(trigger);
+    let is_of_sessions = catalog::sessions_of(function) == trigger.relid().ok();
+    if is_of_sessions && intent::is(&Intent::Own) {
+        return run(|| follow(trigger, Rights::of_owner(function)));
     }
     run_on_own_table(trigger, || follow(trigger, Rights::Given))
 }

@@ -30,10 +30,6 @@ const MAGIC: u64 = 0x7067_636c_6169_6d03;
 /// What the launcher's `application_name` begins with; the handle follows.
 const NAME_PREFIX: &str = "pg_claims launcher ";
 
-/// How long it takes at the most until every process that looks for the launcher finds it: a little longer than a process
-/// goes by its last look (see `wake`).
-const FOUND_WITHIN: Duration = Duration::from_millis(1100);
-
 /// All accesses are sequentially consistent: they are rare, and whoever announces work and then
 /// asks whether a worker runs must not see the two in another order than the worker.
 const ORDER: Ordering = Ordering::SeqCst;
@@ -240,11 +236,10 @@ impl Control {
         self.slots.iter().any(|slot| slot.database().is_none_or(|known| known == database))
     }
 
-    /// Until when a transaction may have begun that does not find the launcher when it is committed, and so tells nobody
-    /// of it; in the server's microseconds.
-    pub fn found_by_all_from(&self) -> i64 {
-        let a_while = FOUND_WITHIN.as_micros() as i64;
-        self.made_at.load(ORDER).saturating_add(a_while)
+    /// When the launcher made this, in the server's microseconds. A transaction that began before, or soon after, may not
+    /// find it when it is committed, and tells nobody.
+    pub fn made_at(&self) -> i64 {
+        self.made_at.load(ORDER)
     }
 
     /// Whether the launcher has ended.

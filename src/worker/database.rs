@@ -98,7 +98,9 @@ fn work(stay: &Stay<'_>) -> bool {
         untold = stay.untold();
         match round::look() {
             Some(InUse::Since(_)) => slot.set_kind(Kind::Served),
-            Some(InUse::NotYet) if untold == Untold::Anybody => {
+            Some(InUse::NotYet)
+                if untold == Untold::Anybody && guc::worker() && !stay.is_over() =>
+            {
                 process::pause(LOOK_EVERY);
                 quiet_since = Instant::now();
                 continue;

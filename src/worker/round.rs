@@ -81,6 +81,10 @@ pub struct Stay<'c> {
 /// How long the worker stays where another database waits for its turn.
 const SHORT_STAY: Duration = Duration::from_millis(250);
 
+/// How long it takes at the most until every process that looks for the launcher finds it, in microseconds: a little longer
+/// than a process goes by its last look (see `wake`).
+const FOUND_WITHIN: i64 = 1_100_000;
+
 /// Who may yet commit something of which the worker is not told.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Untold {
@@ -95,11 +99,13 @@ pub enum Untold {
 impl Stay<'_> {
     /// Who may yet commit something untold. Asked before a look: what was committed before is seen by that.
     pub fn untold(&self) -> Untold {
-        let found_from = self.control.found_by_all_from();
-        if time::now_in_microseconds() < found_from {
+        let made_at = self.control.made_at();
+        let found_from = made_at.saturating_add(FOUND_WITHIN);
+        // A clock that was set back since says nothing.
+        if (made_at..found_from).contains(&time::now_in_microseconds()) {
             return Untold::Anybody;
         }
-        let database = backend::database();
+        let (database, own_pid) = (backend::database(), backend::pid());
         let mut is_any = false;
         service::each_process(|process| {
             // With track_activities off a process does not tell of its transactions.
@@ -108,7 +114,8 @@ impl Stay<'_> {
                 _ => process.st_xact_start_timestamp,
             };
             is_any |= process.st_databaseid == database
-                && process.st_backendType == pg_sys::BackendType::B_BACKEND
+                && process.st_procpid != own_pid
+                && process.st_backendType != pg_sys::BackendType::B_AUTOVAC_WORKER
                 && (1..found_from).contains(&began);
         });
         if is_any { Untold::AnOldTransaction } else { Untold::Nobody }

@@ -60,6 +60,27 @@ fn a_statement_trigger_sees_the_rows_in_its_transition_tables() {
     assert_eq!(seen, ["INSERT SD-1", "UPDATE - SD-1", "UPDATE SD-1 -"]);
 }
 
+/// Makes functions for a superuser to put on the tables. They are an error where an ordinary role's call runs them as another
+/// role than the extension's owner, or with another search_path than the one they are given.
+fn note_runs(c: &mut Client) {
+    add(
+        c,
+        "CREATE SEQUENCE runs;
+         CREATE FUNCTION runs_in(at text, of anyelement) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN
+             -- Not while it is added.
+             IF session_user <> 'postgres' THEN
+                 PERFORM pg_catalog.nextval('public.runs');
+                 IF current_user <> 'postgres' OR current_setting('search_path') <> at THEN
+                     RAISE EXCEPTION 'as % in %', current_user, current_setting('search_path');
+                 END IF;
+             END IF;
+             RETURN true; END $$;
+         CREATE FUNCTION run_in() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+             PERFORM public.runs_in(TG_ARGV[0], 1); RETURN NEW; END $$;
+         CREATE DOMAIN checked AS text CHECK (public.runs_in('pg_catalog, pg_temp', VALUE))",
+    );
+}
+
 /// A claim and a release by an ordinary role, with one thing of a superuser's on the tables.
 #[test]
 fn whatever_is_put_on_the_tables_runs_as_the_extension_s_owner() {
@@ -90,22 +111,7 @@ fn whatever_is_put_on_the_tables_runs_as_the_extension_s_owner() {
         ("session_lifecycle_events", "event_id", &defaults[..]),
     ];
     let (db, mut c) = coordinated();
-    add(
-        &mut c,
-        "CREATE SEQUENCE runs;
-         CREATE FUNCTION runs_in(at text, of anyelement) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN
-             -- Not while it is added.
-             IF session_user <> 'postgres' THEN
-                 PERFORM pg_catalog.nextval('public.runs');
-                 IF current_user <> 'postgres' OR current_setting('search_path') <> at THEN
-                     RAISE EXCEPTION 'as % in %', current_user, current_setting('search_path');
-                 END IF;
-             END IF;
-             RETURN true; END $$;
-         CREATE FUNCTION run_in() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-             PERFORM public.runs_in(TG_ARGV[0], 1); RETURN NEW; END $$;
-         CREATE DOMAIN checked AS text CHECK (public.runs_in('pg_catalog, pg_temp', VALUE))",
-    );
+    note_runs(&mut c);
     let role = db.role("worker");
     add(&mut c, &format!("SELECT grant_coordination('{role}', 'worker')"));
     for (table, key, additions) in tables {
@@ -141,6 +147,111 @@ fn whatever_is_put_on_the_tables_runs_as_the_extension_s_owner() {
             };
             add(&mut c, &undo);
         }
+    }
+}
+
+#[test]
+fn what_was_put_there_since_a_transaction_s_snapshot_runs_as_the_owner_too() {
+    let (db, mut c) = coordinated();
+    note_runs(&mut c);
+    let role = db.role("worker");
+    add(&mut c, &format!("SELECT grant_coordination('{role}', 'worker')"));
+    let mut own = db.connect_as(&role);
+    json(&mut own, "SELECT register_session('own')", &[]);
+    own.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1").unwrap();
+    for (table, search_path) in [
+        ("claude_sessions", "pg_catalog, pg_temp"),
+        ("sd_claims", "pg_catalog, pg_temp"),
+        ("strategic_directives_v2", "pg_catalog, public, pg_temp"),
+    ] {
+        add(
+            &mut c,
+            &format!(
+                "CREATE TRIGGER added AFTER INSERT OR UPDATE ON {table} FOR EACH ROW
+                     EXECUTE FUNCTION public.run_in('{search_path}')"
+            ),
+        );
+    }
+    for _ in 0..3 {
+        own.batch_execute("SELECT claim_sd('SD-1', 'own'); SELECT release_sd('own')").unwrap();
+    }
+    own.batch_execute("COMMIT").unwrap();
+    assert!(count(&mut c, "SELECT last_value FROM runs") >= 18);
+    assert_in_step(&mut c);
+}
+
+/// The extension's own backlog, and one that is bound instead of it.
+const BACKLOGS: [(&str, &str); 2] = [
+    ("strategic_directives_v2", "SELECT 1"),
+    (
+        "items",
+        "CREATE TABLE items (sd_id text PRIMARY KEY, is_working_on boolean NOT NULL DEFAULT false, active_session_id text);
+         INSERT INTO items SELECT sd_id FROM strategic_directives_v2;
+         SELECT bind_directives('items', '{sd_id}', p_is_working_on_column => 'is_working_on',
+                                p_active_session_id_column => 'active_session_id')",
+    ),
+];
+
+#[test]
+fn a_foreign_key_passes_the_mirror_on() {
+    for (table, made) in BACKLOGS {
+        let (db, mut c) = coordinated();
+        note_runs(&mut c);
+        let role = db.role("worker");
+        add(&mut c, &format!("SELECT grant_coordination('{role}', 'worker'); {made}"));
+        let mut own = db.connect_as(&role);
+        json(&mut own, "SELECT register_session('own')", &[]);
+        granted(&mut own, "SD-1", "own");
+        release(&mut own, "own");
+        add(
+            &mut c,
+            &format!(
+                "ALTER TABLE {table} ADD UNIQUE (sd_id, is_working_on);
+                 CREATE TABLE child (sd_id text, w boolean,
+                     FOREIGN KEY (sd_id, w) REFERENCES {table} (sd_id, is_working_on) ON UPDATE CASCADE);
+                 INSERT INTO child VALUES ('SD-1', false);
+                 CREATE TRIGGER added BEFORE UPDATE ON child FOR EACH ROW
+                     EXECUTE FUNCTION public.run_in('pg_catalog, public, pg_temp')"
+            ),
+        );
+        let told = |c: &mut Client| value(c, "SELECT w FROM child");
+        granted(&mut own, "SD-1", "own");
+        assert_eq!(told(&mut c).as_deref(), Some("true"), "{table}");
+        // Of this table nobody tells the extension.
+        add(
+            &mut c,
+            "CREATE TRIGGER late AFTER UPDATE ON child FOR EACH ROW
+                 EXECUTE FUNCTION public.run_in('pg_catalog, public, pg_temp')",
+        );
+        for _ in 0..3 {
+            release(&mut own, "own");
+            assert_eq!(told(&mut c).as_deref(), Some("false"), "{table}");
+            granted(&mut own, "SD-1", "own");
+        }
+        assert!(count(&mut c, "SELECT last_value FROM runs") >= 7, "{table}");
+        assert_in_step(&mut c);
+    }
+}
+
+#[test]
+fn constraints_and_generated_columns_know_their_table() {
+    for (table, made) in BACKLOGS {
+        let (_db, mut c) = coordinated();
+        add(&mut c, made);
+        for table in [table, "claude_sessions", "sd_claims", "session_lifecycle_events"] {
+            add(
+                &mut c,
+                &format!(
+                    "ALTER TABLE {table} ADD CHECK (tableoid = '{table}'::regclass),
+                     ADD COLUMN of_table oid GENERATED ALWAYS AS (tableoid) STORED"
+                ),
+            );
+        }
+        granted(&mut c, "SD-1", "s1");
+        release(&mut c, "s1");
+        let wrong = format!("SELECT count(*) FROM {table} WHERE of_table <> '{table}'::regclass");
+        assert_eq!(count(&mut c, &wrong), 0);
+        assert_in_step(&mut c);
     }
 }
 

@@ -267,6 +267,39 @@ fn execute_on_all_functions_is_no_right_to_grant() {
 }
 
 #[test]
+fn the_write_of_a_bound_backlog_invents_no_session_for_its_owner() {
+    let (db, mut owner) = coordinated();
+    granted(&mut owner, "SD-1", "s1");
+    let app = db.role("app");
+    owner
+        .batch_execute(&format!(
+            "GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA public TO {app}; GRANT CREATE ON SCHEMA public TO {app};
+             CREATE TABLE items (LIKE claude_sessions, is_working_on boolean, active_session_id text, PRIMARY KEY (sd_id));
+             INSERT INTO items SELECT *, false, NULL FROM claude_sessions WHERE session_id = 's1';
+             UPDATE items SET sd_id = 'SD-9', status = 'active';
+             ALTER TABLE items OWNER TO {app}"
+        ))
+        .unwrap();
+    release(&mut owner, "s1");
+    let mut a = db.connect_as(&app);
+    // What it says of the old and the new row would close whatever acquisition the owner pleases.
+    a.batch_execute(
+        "CREATE TRIGGER forge AFTER UPDATE ON items FOR EACH ROW EXECUTE FUNCTION sync_is_working_on_with_session()",
+    )
+    .unwrap();
+    owner
+        .batch_execute(
+            "SELECT bind_directives('items', '{sd_id}', p_is_working_on_column => 'is_working_on',
+                                    p_active_session_id_column => 'active_session_id')",
+        )
+        .unwrap();
+    let error = owner.query("SELECT claim_sd('SD-9', 's2')", &[]).unwrap_err();
+    assert_eq!(sqlstate(&error), "42501", "{error:?}");
+    a.batch_execute("DROP TRIGGER forge ON items").unwrap();
+    granted(&mut owner, "SD-9", "s2");
+}
+
+#[test]
 fn a_function_of_somebody_s_with_the_same_name_is_not_in_the_way() {
     let (db, mut owner) = coordinated();
     let (other, mut o) = role(&db, &mut owner, "other", "viewer");

@@ -247,6 +247,12 @@ fn known_to_statement() -> Option<Rc<Catalog>> {
     CURRENT.with_borrow(Clone::clone)
 }
 
+/// Whether the catalogue shows less than what the server itself goes by: it was read on a snapshot that this transaction
+/// keeps.
+pub fn is_old() -> bool {
+    IS_OLD.get()
+}
+
 /// Has the catalogue be read again if anything may have changed: after waiting for a lock.
 pub fn doubt() {
     READ_FOR.set(0);

@@ -394,7 +394,7 @@ fn expire(db: &Db<'_>, owner: &Owner, in_favour_of: &str, force: Option<&str>) -
         lost_to: Some(in_favour_of.to_owned()),
         ..held.session.without_claim(now, reason, true)
     };
-    held.write(&loser)?;
+    held.write(db, &loser)?;
     Ok(true)
 }
 

@@ -183,7 +183,7 @@ fn amend(
         let snapshot = Snapshot::take();
         let found = table.find(&snapshot, column::BY_CLAIM_ID, Key::Bigint(claim_id));
         let Some(row) = found.filter(&is_it) else { return Ok(false) };
-        if table.update(&snapshot, &row, new)?.is_some() {
+        if table.update(db, &snapshot, &row, new)?.is_some() {
             return Ok(true);
         }
     }

@@ -178,7 +178,7 @@ fn reap(db: &Db<'_>, candidate: &Candidate, policy: Policy) -> Result<bool> {
     let reason = if is_stale { REAPED } else { TOO_OLD };
     let _meaning = Meaning::to(Intent::Reap { claim_id: candidate.claim_id });
     let loser = session.without_claim(now, reason, true);
-    held.write(&loser)?;
+    held.write(db, &loser)?;
     Ok(true)
 }
 

@@ -267,7 +267,7 @@ pub(super) fn write_as_owner<R>(db: &Db<'_>, write: impl FnOnce() -> Result<R>) 
 
 /// The same in a bound backlog. Mostly the row is locked and need not be found again.
 fn sync_bound(db: &Db<'_>, sd_id: &str, session_id: Option<&str>) -> Result<bool> {
-    if let Some(says) = mirror_row::sync_locked(&*db.catalog()?, sd_id, session_id)? {
+    if let Some(says) = mirror_row::sync_locked(db, sd_id, session_id)? {
         return Ok(says);
     }
     let arguments = [sd_id.into(), session_id.into()];

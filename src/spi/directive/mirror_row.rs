@@ -4,8 +4,8 @@ use pgrx::pg_sys;
 
 use super::Backlog;
 use crate::error::{ClaimError, Result};
-use crate::spi::catalog::Catalog;
 use crate::spi::row::Row;
+use crate::spi::statement::Db;
 use crate::spi::table::layout::directives;
 use crate::spi::table::{Key, NewRow, Snapshot, Table, TableRow};
 
@@ -38,6 +38,7 @@ impl MirrorRow {
     /// have its own way. `None` where another transaction has changed the row since it was found.
     pub fn write(
         &self,
+        db: &Db<'_>,
         table: &Table,
         snapshot: &Snapshot,
         row: &TableRow,
@@ -53,7 +54,7 @@ impl MirrorRow {
         if let Some(position) = self.active_session_id {
             new = new.set(position, session_id);
         }
-        match table.update(snapshot, row, &new) {
+        match table.update(db, snapshot, row, &new) {
             Ok(Some(written)) => self.says(&written, session_id).map(Some),
             Ok(None) => Ok(None),
             Err(ClaimError::WriteRefused { .. }) => Ok(Some(false)),
@@ -76,17 +77,14 @@ impl MirrorRow {
 
 /// Writes the row of a bound backlog that this transaction has locked, with the rights of whoever acts. Whether it says so
 /// then; `None` where only a statement can write it, or find it.
-pub fn sync_locked(
-    catalog: &Catalog,
-    sd_id: &str,
-    session_id: Option<&str>,
-) -> Result<Option<bool>> {
+pub fn sync_locked(db: &Db<'_>, sd_id: &str, session_id: Option<&str>) -> Result<Option<bool>> {
+    let catalog = db.catalog()?;
     let Some(backlog) = &catalog.backlog else { return Ok(None) };
-    let Some(table) = Table::to_write_bound(catalog, backlog.table_oid) else { return Ok(None) };
+    let Some(table) = Table::to_write_bound(&catalog, backlog.table_oid) else { return Ok(None) };
     let Some(columns) = MirrorRow::bound(&table, backlog) else { return Ok(None) };
     let snapshot = Snapshot::take();
     match table.recall(&snapshot, Key::Text(sd_id)) {
-        Some(row) => columns.write(&table, &snapshot, &row, session_id),
+        Some(row) => columns.write(db, &table, &snapshot, &row, session_id),
         None => Ok(None),
     }
 }

@@ -89,7 +89,7 @@ pub fn sync(db: &Db<'_>, sd_id: &str, session_id: Option<&str>) -> Result<bool> 
         let Some(row) = table.find(&snapshot, column::BY_SD_ID, Key::Text(sd_id)) else {
             return Ok(true);
         };
-        let write = || MirrorRow::OWN.write(&table, &snapshot, &row, session_id);
+        let write = || MirrorRow::OWN.write(db, &table, &snapshot, &row, session_id);
         let says = if table.runs_others_code() { write_as_owner(db, write) } else { write() };
         if let Some(says) = says? {
             return Ok(says);

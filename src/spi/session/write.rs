@@ -32,16 +32,22 @@ pub fn change(
             wait::giving_way_unless_guarding(|| table.lock(&snapshot, &row, Wait::Block))?;
             continue;
         }
-        if write(&table, &snapshot, &row, &new)? {
+        if write(db, &table, &snapshot, &row, &new)? {
             return Ok(Some(new));
         }
     }
 }
 
 /// False where another transaction has changed the row since.
-fn write(table: &Table, snapshot: &Snapshot, row: &TableRow, new: &Session) -> Result<bool> {
+fn write(
+    db: &Db<'_>,
+    table: &Table,
+    snapshot: &Snapshot,
+    row: &TableRow,
+    new: &Session,
+) -> Result<bool> {
     let _meaning = Meaning::to(Intent::Session);
-    Ok(table.update(snapshot, row, &new.written()?)?.is_some())
+    Ok(table.update(db, snapshot, row, &new.written()?)?.is_some())
 }
 
 /// A session whose row this transaction has locked.
@@ -83,8 +89,8 @@ pub fn hold(db: &Db<'_>, session_id: &str, wait: Wait) -> Result<Option<Held>> {
 
 impl Held {
     /// Writes the session as it is to be.
-    pub fn write(self, new: &Session) -> Result<()> {
-        if write(&self.table, &self.snapshot, &self.row, new)? {
+    pub fn write(self, db: &Db<'_>, new: &Session) -> Result<()> {
+        if write(db, &self.table, &self.snapshot, &self.row, new)? {
             return Ok(());
         }
         // Nobody else can have changed it.

@@ -85,10 +85,10 @@ impl Table {
     }
 
     /// Opens it for rows to be locked or written. Whatever code of others is on it runs with the rights of the
-    /// extension's owner, as by a statement; and what the executor needs is made with them.
+    /// extension's owner, as by a statement.
     pub fn to_write(db: &Db<'_>, name: Name) -> Result<Self> {
         let table = Self::open(db, name, pg_sys::RowExclusiveLock)?;
-        if table.runs_others_code || !target::is_kept(table.oid()) {
+        if table.runs_others_code {
             db.take_rights()?;
         }
         Ok(table)
@@ -132,7 +132,7 @@ impl Table {
             let now = db.catalog()?;
             let is_so = |now: &Rc<Known>| Rc::ptr_eq(now, &table.known) || **now == *table.known;
             if now.table(name).is_some_and(is_so) {
-                table.runs_others_code = now.runs_others_code(name);
+                table.runs_others_code = now.runs_others_code(name) || catalog::is_old();
                 return Ok(table);
             }
         }

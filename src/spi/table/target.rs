@@ -15,6 +15,7 @@ use super::{Table, executor};
 use crate::error::{ClaimError, Result};
 use crate::spi::catalog::CodeVersion;
 use crate::spi::intent::{Intent, Meaning};
+use crate::spi::statement::Db;
 
 /// What the executor needs of one table. Nothing in it stays open or pinned between two writes.
 pub struct Target {
@@ -34,6 +35,8 @@ pub struct Target {
     /// The indexes' ids: they are open only while they are written.
     indexes: Vec<pg_sys::Oid>,
     are_indexes_open: bool,
+    /// The columns of writes for which all is compiled.
+    compiled_for: Vec<Vec<usize>>,
     /// Generated columns are computed as the first write needed them.
     may_be_kept: bool,
 }
@@ -47,15 +50,15 @@ thread_local! {
     static LEFT: RefCell<Vec<MemoryContext>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Whether there is a target of the table already.
-pub fn is_kept(table: pg_sys::Oid) -> bool {
-    let is_it = |target: &Target| target.table == table && target.made_of.is_current();
-    KEPT.with_borrow(|all| all.iter().any(is_it))
-}
-
 impl Target {
-    /// The target of a table, for one write of these columns, by their positions; none are named for an insert.
-    pub fn of(table: &Table, updated: impl Iterator<Item = usize> + Clone) -> Result<Self> {
+    /// The target of a table, for one write of these columns, by their positions; none are named for an insert. What it
+    /// compiles, it compiles with the rights of the extension's owner: the server asks then who may call which function, and
+    /// evaluates what is constant.
+    pub fn of(
+        db: &Db<'_>,
+        table: &Table,
+        updated: impl Iterator<Item = usize> + Clone,
+    ) -> Result<Self> {
         let kept = KEPT.with_borrow_mut(|all| {
             let at = all.iter().position(|target| target.table == table.oid())?;
             Some(all.swap_remove(at))
@@ -66,9 +69,15 @@ impl Target {
                 // Also of tables that are not there any more.
                 let is_old = |target: &mut Self| !target.made_of.is_current();
                 drop(KEPT.with_borrow_mut(|all| all.extract_if(.., is_old).collect::<Vec<_>>()));
+                db.take_rights()?;
                 Self::make(table)
             }
         };
+        // Constraints and conditions of triggers are compiled by the first write of these columns.
+        if !target.compiled_for.iter().any(|columns| columns.iter().copied().eq(updated.clone())) {
+            db.take_rights()?;
+            target.compiled_for.push(updated.clone().collect());
+        }
         target.begin(table, updated)?;
         Ok(target)
     }
@@ -95,6 +104,7 @@ impl Target {
                 before_triggers: Vec::new(),
                 indexes: Vec::new(),
                 are_indexes_open: false,
+                compiled_for: Vec::new(),
                 may_be_kept: true,
             };
             PgMemoryContexts::For((*state).es_query_cxt).switch_to(|_| target.fill(table));
@@ -125,6 +135,13 @@ impl Target {
                 (relation.ri_NumIndices as usize, relation.ri_IndexRelationDescs)
             };
             self.indexes = (0..count).map(|at| (**indexes.add(at)).rd_id).collect();
+            for at in 0..count {
+                // Or the first write would compile them that has an entry to make.
+                let index = &mut **(*self.relation).ri_IndexRelationInfo.add(at);
+                index.ii_ExpressionsState =
+                    pg_sys::ExecPrepareExprList(index.ii_Expressions, self.state);
+                index.ii_PredicateState = pg_sys::ExecPrepareQual(index.ii_Predicate, self.state);
+            }
             self.defaults = defaults_of(self.state, table.relation);
             self.before_triggers = sort_triggers(self.relation, table.extension);
             let constraints = (*(*table.relation).rd_att).constr;
@@ -323,6 +340,12 @@ impl Target {
                 relation.ri_TrigNewSlot = std::ptr::null_mut();
                 relation.ri_ReturningSlot = std::ptr::null_mut();
             }
+            let cascaded =
+                std::mem::replace(&mut state.es_trig_target_relations, std::ptr::null_mut());
+            for at in 0..cascaded.as_ref().map_or(0, |all| all.length) {
+                let other = pg_sys::list_nth(cascaded, at).cast::<ResultRelInfo>();
+                pg_sys::table_close((*other).ri_RelationDesc, pg_sys::NoLock as pg_sys::LOCKMODE);
+            }
             let row = state.es_per_tuple_exprcontext;
             if !row.is_null() && !(*(*row).ecxt_per_tuple_memory).isReset {
                 pg_sys::MemoryContextReset((*row).ecxt_per_tuple_memory);
@@ -332,7 +355,9 @@ impl Target {
 
     /// The write is done: what may serve the next one is kept.
     pub fn done(mut self) {
-        if !self.may_be_kept {
+        // SAFETY: made by `make`. Where a foreign key has passed the write on, there is more than of this table.
+        let has_cascaded = unsafe { !(*self.state).es_trig_target_relations.is_null() };
+        if !self.may_be_kept || has_cascaded {
             return;
         }
         self.close();

@@ -160,6 +160,7 @@ impl Table {
     /// so is waited for. An error where a trigger suppresses the write.
     pub fn update(
         &self,
+        db: &Db<'_>,
         snapshot: &Snapshot,
         row: &TableRow,
         new: &NewRow,
@@ -169,7 +170,7 @@ impl Table {
             check_may_write(c"UPDATE");
             pg_sys::CheckCmdReplicaIdentity(self.relation, pg_sys::CmdType::CMD_UPDATE);
         }
-        let mut target = Target::of(self, new.values.iter().map(|(position, _)| *position))?;
+        let mut target = Target::of(db, self, new.values.iter().map(|(position, _)| *position))?;
         // A trigger is fired for what is going to be written, and the server locks the row for it as well.
         let fires = target.fires(pg_sys::CmdType::CMD_UPDATE);
         if fires.before && !self.lock_unchanged(snapshot, row)? {
@@ -191,6 +192,7 @@ impl Table {
             }
             new.fill(slot);
             pg_sys::ExecStoreVirtualTuple(slot);
+            (*slot).tts_tableOid = self.oid();
             target.write(fires, |target| {
                 self.update_row(target, snapshot, *row.place(), slot, fires)
             })?
@@ -219,6 +221,8 @@ impl Table {
                     return Err(ClaimError::WriteRefused { table: self.name() });
                 }
             }
+            // Constraints may ask for it; a trigger may have put another tuple there.
+            (*slot).tts_tableOid = self.oid();
             target.check(slot, COMMAND);
             let mut failure = pg_sys::TM_FailureData::default();
             let mut lock_mode = pg_sys::LockTupleMode::LockTupleNoKeyExclusive;
@@ -287,7 +291,7 @@ impl Table {
     ) -> Result<bool> {
         // SAFETY: asks about this transaction.
         unsafe { check_may_write(c"INSERT") };
-        let mut target = Target::of(self, std::iter::empty())?;
+        let mut target = Target::of(db, self, std::iter::empty())?;
         let is_given = |position| new.values.iter().any(|(given, _)| *given == position);
         if target.has_default_unless(is_given) {
             // Somebody has given it a default since.
@@ -301,6 +305,7 @@ impl Table {
             new.fill(written.slot);
             target.fill_defaults(written.slot, is_given);
             pg_sys::ExecStoreVirtualTuple(written.slot);
+            (*written.slot).tts_tableOid = self.oid();
             let fires = target.fires(pg_sys::CmdType::CMD_INSERT);
             target.write(fires, |target| self.insert_row(target, written.slot, unique, fires))?
         };
@@ -327,6 +332,7 @@ impl Table {
                     return Err(ClaimError::WriteRefused { table: self.name() });
                 }
             }
+            (*slot).tts_tableOid = self.oid();
             target.check(slot, COMMAND);
             target.open_indexes();
             if let Some(unique) = unique {
