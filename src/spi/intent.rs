@@ -108,6 +108,12 @@ pub fn mirrored() -> Option<(String, Option<String>)> {
     })
 }
 
+/// How many writes of the backlog's mirror are under way, one within the other.
+pub fn mirrors_under_way() -> usize {
+    let is_mirror = |announced: &&Announced| matches!(announced.intent, Intent::Mirror { .. });
+    ANNOUNCED.with_borrow(|all| all.iter().filter(is_mirror).count())
+}
+
 /// The acquisition ends: whoever is granting it, however deep, must not tell of a claim.
 pub fn undo_grant(ended: i64) {
     ANNOUNCED.with_borrow_mut(|all| {

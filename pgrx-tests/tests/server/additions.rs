@@ -234,6 +234,71 @@ fn a_foreign_key_passes_the_mirror_on() {
 }
 
 #[test]
+fn a_trigger_of_the_backlog_cannot_take_it_away_from_under_the_write() {
+    for (table, made) in BACKLOGS {
+        let (_db, mut c) = coordinated();
+        add(&mut c, made);
+        add(
+            &mut c,
+            &format!(
+                "CREATE INDEX added ON {table} (active_session_id);
+                 CREATE INDEX added_too ON {table} (active_session_id);
+                 CREATE FUNCTION meddle() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                     EXECUTE current_setting('test.meddles'); RETURN NEW; END $$;
+                 CREATE TRIGGER meddle BEFORE UPDATE ON {table} FOR EACH ROW EXECUTE FUNCTION meddle();
+                 SET test.meddles = 'SELECT 1'"
+            ),
+        );
+        // What the connection keeps of the table is made.
+        granted(&mut c, "SD-1", "s1");
+        release(&mut c, "s1");
+        for (meddles, told) in [
+            ("DROP INDEX public.added", "cannot DROP INDEX"),
+            (
+                "SELECT public.unbind_directives()",
+                "cannot change the backlog while a claim writes a row of it",
+            ),
+        ] {
+            add(&mut c, &format!("SET test.meddles = '{meddles}'"));
+            let error = c.query("SELECT claim_sd('SD-1', 's1')", &[]).unwrap_err();
+            assert_eq!(sqlstate(&error), "55006", "{table}, {meddles}: {error:?}");
+            assert!(message(&error).starts_with(told), "{table}: {}", message(&error));
+        }
+        add(&mut c, "SET test.meddles = 'SELECT 1'");
+        granted(&mut c, "SD-1", "s1");
+        assert_in_step(&mut c);
+    }
+}
+
+#[test]
+fn a_trigger_of_the_backlog_may_claim_although_another_one_is_deferrable() {
+    for (table, made) in BACKLOGS {
+        let (_db, mut c) = coordinated();
+        add(&mut c, made);
+        add(
+            &mut c,
+            &format!(
+                "CREATE FUNCTION claim_another() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                     IF NEW.sd_id = 'SD-1' AND NEW.is_working_on THEN
+                         PERFORM public.claim_sd('SD-2', 's2');
+                     END IF; RETURN NEW; END $$;
+                 CREATE TRIGGER another AFTER UPDATE ON {table} FOR EACH ROW EXECUTE FUNCTION claim_another();
+                 CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+                 CREATE CONSTRAINT TRIGGER later AFTER UPDATE ON {table} DEFERRABLE INITIALLY DEFERRED
+                     FOR EACH ROW EXECUTE FUNCTION nothing();
+                 CREATE CONSTRAINT TRIGGER z_later AFTER UPDATE ON {table} DEFERRABLE INITIALLY DEFERRED
+                     FOR EACH ROW EXECUTE FUNCTION nothing()"
+            ),
+        );
+        granted(&mut c, "SD-1", "s1");
+        assert_in_step(&mut c);
+        release(&mut c, "s2");
+        release(&mut c, "s1");
+        assert_in_step(&mut c);
+    }
+}
+
+#[test]
 fn constraints_and_generated_columns_know_their_table() {
     for (table, made) in BACKLOGS {
         let (_db, mut c) = coordinated();

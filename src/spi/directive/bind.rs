@@ -12,6 +12,7 @@ use crate::identity;
 use crate::pg::lock::{self, Mode};
 use crate::pg::time;
 use crate::spi::catalog;
+use crate::spi::intent;
 use crate::spi::repair::views;
 use crate::spi::statement::{Db, required};
 
@@ -81,6 +82,14 @@ pub fn unbind(db: &Db<'_>) -> Result<String> {
 fn exclude_others(db: &Db<'_>, next: Option<pg_sys::Oid>) -> Result<()> {
     if time::has_transaction_snapshot() {
         return Err(ClaimError::NeedsReadCommitted { what: "change the backlog" });
+    }
+    if intent::mirrors_under_way() > 0 {
+        return Err(ClaimError::DirectWrite {
+            code: PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
+            message: "cannot change the backlog while a claim writes a row of it".into(),
+            detail: Some("A trigger that the write has set off asks for it.".into()),
+            hint: "Call bind_directives() and unbind_directives() outside of the backlog's triggers.",
+        });
     }
     let catalog = db.catalog()?;
     let mut tables: Vec<pg_sys::Oid> = next.into_iter().collect();

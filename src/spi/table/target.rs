@@ -46,7 +46,7 @@ thread_local! {
     /// process.
     static KEPT: RefCell<ManuallyDrop<Vec<Target>>> =
         const { RefCell::new(ManuallyDrop::new(Vec::new())) };
-    /// Memory of targets that an error has left behind, which is given back when the next one is made.
+    /// Memory of targets that an error has left behind, which is given back when the next one is asked for.
     static LEFT: RefCell<Vec<MemoryContext>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -59,6 +59,11 @@ impl Target {
         table: &Table,
         updated: impl Iterator<Item = usize> + Clone,
     ) -> Result<Self> {
+        LEFT.take().into_iter().for_each(|memory| {
+            // SAFETY: nobody has it any more: its target was dropped, and the transaction of that has ended or rolled it
+            // back, with all that was open.
+            unsafe { pg_sys::MemoryContextDelete(memory) }
+        });
         let kept = KEPT.with_borrow_mut(|all| {
             let at = all.iter().position(|target| target.table == table.oid())?;
             Some(all.swap_remove(at))
@@ -83,11 +88,6 @@ impl Target {
     }
 
     fn make(table: &Table) -> Self {
-        LEFT.take().into_iter().for_each(|memory| {
-            // SAFETY: nobody has it any more: its target was dropped, and the transaction of that has ended or rolled it
-            // back, with all that was open.
-            unsafe { pg_sys::MemoryContextDelete(memory) }
-        });
         // SAFETY: the table is open. What is made lives in memory of its own, until the target is dropped.
         unsafe {
             let state =

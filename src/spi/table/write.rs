@@ -216,6 +216,8 @@ impl Table {
         // SAFETY: as promised; the target is the table's, for this very update.
         unsafe {
             if fires.before {
+                // Or a trigger could drop one that is written afterwards.
+                target.open_indexes();
                 pg_sys::ExecBSUpdateTriggers(state, relation);
                 if !executor::before_update(state, relation, &mut place, slot) {
                     return Err(ClaimError::WriteRefused { table: self.name() });
@@ -327,6 +329,7 @@ impl Table {
         // SAFETY: as promised; the target is the table's, for this very insert.
         unsafe {
             if fires.before {
+                target.open_indexes();
                 pg_sys::ExecBSInsertTriggers(state, relation);
                 if !pg_sys::ExecBRInsertTriggers(state, relation, slot) {
                     return Err(ClaimError::WriteRefused { table: self.name() });
