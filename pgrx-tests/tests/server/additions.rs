@@ -282,7 +282,7 @@ fn a_trigger_of_the_backlog_may_claim_although_another_one_is_deferrable() {
                      IF NEW.sd_id = 'SD-1' AND NEW.is_working_on THEN
                          PERFORM public.claim_sd('SD-2', 's2');
                      END IF; RETURN NEW; END $$;
-                 CREATE TRIGGER another AFTER UPDATE ON {table} FOR EACH ROW EXECUTE FUNCTION claim_another();
+                 CREATE TRIGGER another BEFORE UPDATE ON {table} FOR EACH ROW EXECUTE FUNCTION claim_another();
                  CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
                  CREATE CONSTRAINT TRIGGER later AFTER UPDATE ON {table} DEFERRABLE INITIALLY DEFERRED
                      FOR EACH ROW EXECUTE FUNCTION nothing();
